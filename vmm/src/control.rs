@@ -1,0 +1,154 @@
+//! What the control API can ask of a virtual machine, and what it answers.
+//!
+//! The HTTP server and the command line know a VM only through [`Control`]; the machine
+//! implements it. Every type here is part of the published API (docs/openapi.yaml).
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::VmConfig;
+use crate::events::EventLog;
+
+/// Life of a VM as the API shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmStatus {
+    /// Being built: memory, vCPUs and devices are not all there yet.
+    Creating,
+    /// Guest code runs.
+    Running,
+    /// vCPUs are stopped; `resume` goes on.
+    Paused,
+    /// The guest powered off or was killed; the process is about to end.
+    Stopped,
+    /// The guest crashed (triple fault, or KVM gave up); registers are in the event log.
+    Crashed,
+}
+
+/// Answer to `info`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Name, unique on this host and for this user.
+    pub name: String,
+    /// Process that runs the VM.
+    pub pid: u32,
+    /// Program version.
+    pub version: String,
+    /// Life of the VM.
+    pub status: VmStatus,
+    /// Time since the VM was started or restored, in milliseconds.
+    pub uptime_ms: u64,
+    /// The configuration in force.
+    pub config: VmConfig,
+    /// Where the console can be reached: a pty path or a Unix socket, if it has one.
+    pub console_path: Option<PathBuf>,
+}
+
+/// Answer to `stats`: counters since the VM was started, and gauges.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct VmStats {
+    /// Guest memory, bytes.
+    pub memory_bytes: u64,
+    /// Guest memory that is populated on the host, bytes.
+    pub memory_populated_bytes: u64,
+    /// Resident memory of the process apart from guest memory, bytes.
+    pub overhead_bytes: u64,
+    /// CPU time of the whole process, milliseconds.
+    pub cpu_ms: u64,
+    /// One entry per vCPU.
+    pub vcpus: Vec<VcpuStats>,
+    /// Accesses to addresses where nothing is (reads gave all ones).
+    pub unmapped: UnmappedStats,
+    /// Bytes that the guest wrote to its console.
+    pub console_bytes: u64,
+    /// Console output dropped because nobody took it in time, bytes.
+    pub console_dropped_bytes: u64,
+    /// How often the guest rebooted.
+    pub reboots: u64,
+    /// How often the VM was paused.
+    pub pauses: u64,
+}
+
+/// Counters of one vCPU.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct VcpuStats {
+    /// Exits from KVM_RUN.
+    pub exits: u64,
+    /// Port I/O exits.
+    pub pio: u64,
+    /// Memory-mapped I/O exits.
+    pub mmio: u64,
+    /// CPU time of the vCPU's thread, milliseconds.
+    pub cpu_ms: u64,
+}
+
+/// Accesses to nowhere: ignored, counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnmappedStats {
+    /// Port reads.
+    pub pio_reads: u64,
+    /// Port writes.
+    pub pio_writes: u64,
+    /// Memory-mapped reads.
+    pub mmio_reads: u64,
+    /// Memory-mapped writes.
+    pub mmio_writes: u64,
+}
+
+/// What a finished `save` did.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SaveReport {
+    /// The file.
+    pub path: PathBuf,
+    /// Size of the file, bytes.
+    pub file_bytes: u64,
+    /// Pages written.
+    pub pages: u64,
+    /// Populated pages that held only zeros and were not written.
+    pub zero_pages: u64,
+    /// Pages never touched by anybody, not written.
+    pub absent_pages: u64,
+    /// Time the guest stood still for it, milliseconds.
+    pub paused_ms: f64,
+    /// Time in all, milliseconds, including fsync.
+    pub total_ms: f64,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The VM's state does not allow it now (HTTP 409).
+    #[error("{0}")]
+    Conflict(String),
+    /// The request itself is wrong (HTTP 400).
+    #[error("{0}")]
+    BadRequest(String),
+    /// It was tried and failed (HTTP 500).
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A VM as its control API sees it. Calls may block for as long as the work takes: the server
+/// makes them on its blocking pool. None touches guest memory except `save`.
+pub trait Control: Send + Sync {
+    /// Name, status, configuration.
+    fn info(&self) -> VmInfo;
+    /// Counters.
+    fn stats(&self) -> VmStats;
+    /// Stops all vCPUs and returns when they stand. Pausing a paused VM is no error.
+    fn pause(&self) -> Result<(), ControlError>;
+    /// Lets the vCPUs go on. Resuming a running VM is no error.
+    fn resume(&self) -> Result<(), ControlError>;
+    /// Presses the ACPI power button; returns at once. The guest decides.
+    fn power_button(&self) -> Result<(), ControlError>;
+    /// Ends the VM without asking the guest: `stop --force` and `kill`.
+    fn kill(&self) -> Result<(), ControlError>;
+    /// Resets the machine as the reset button would.
+    fn reset(&self) -> Result<(), ControlError>;
+    /// Saves the whole VM to `path`. A running VM is paused for it and goes on afterwards,
+    /// unless `then_stop`. Written under a temporary name, renamed when complete.
+    fn save(&self, path: PathBuf, then_stop: bool) -> Result<SaveReport, ControlError>;
+    /// The event log, to read and to follow.
+    fn events(&self) -> &EventLog;
+}

@@ -1,0 +1,5 @@
+//! A virtual machine monitor for Linux/KVM built around live migration.
+
+pub mod config;
+pub mod control;
+pub mod events;
