@@ -1,5 +1,9 @@
 //! A virtual machine monitor for Linux/KVM built around live migration.
 
+pub mod boot;
 pub mod config;
 pub mod control;
 pub mod events;
+pub mod kvm;
+pub mod layout;
+pub mod memory;

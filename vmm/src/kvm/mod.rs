@@ -1,0 +1,11 @@
+//! Everything that talks to /dev/kvm.
+
+mod dirty;
+mod host;
+mod vcpu_state;
+mod vm_state;
+
+pub use dirty::{clear_dirty_log, DirtyLogError};
+pub use host::{HostKvm, KvmError};
+pub use vcpu_state::{msrs_to_save, TscStateV1, VcpuKvm, VcpuStateV1};
+pub use vm_state::{ClockStateV1, VmKvm, VmStateV1};
