@@ -1,1 +1,24 @@
-//! Migration.
+//! Live migration engine: what a VM must offer, the stream, snapshots.
+//!
+//! The engine knows nothing of KVM. A VM is what the traits of [`vm`] say, so that another VMM can
+//! use this crate, and a simulated VM ([`simulated`]) can drive every path in an ordinary test.
+//!
+//! - [`address`], [`layout`], [`page_set`]: guest pages, which ones exist, and sets of them.
+//! - [`vm`]: the traits that a VM implements.
+//! - [`stream`]: the records that carry a VM, in a file or over a connection.
+
+pub mod address;
+pub mod layout;
+pub mod page_set;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod simulated;
+pub mod stream;
+pub mod vm;
+
+pub use address::{ClaimedRange, Gfn, Gpa, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
+pub use layout::{LayoutError, MemoryLayout};
+pub use page_set::PageSet;
+pub use vm::{
+    DestinationMemory, DirtySource, GuestMemory, PauseReason, Placed, Section, VmControl, VmError,
+    VmState,
+};

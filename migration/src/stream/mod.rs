@@ -1,0 +1,3 @@
+//! The stream of records.
+
+pub(crate) mod bytes_field;

@@ -1,0 +1,193 @@
+//! What a virtual machine must offer to be saved, restored and migrated.
+//!
+//! The engine knows a VM only through these traits. They are object-safe, and every method takes
+//! `&self` and may be called from any thread: page senders, the API and the fault server share
+//! one VM. None of them may be implemented by taking a lock that `info` or `cancel` needs.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use vm_memory::VolatileSlice;
+
+use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES};
+use crate::layout::MemoryLayout;
+use crate::page_set::PageSet;
+
+/// Why the VM could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The pages are not in the VM's memory.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// The deadline passed first.
+    #[error("{0} did not finish before its deadline")]
+    Deadline(String),
+    /// The operating system refused.
+    #[error("{what}: {error}")]
+    Os {
+        /// What was attempted, with its values.
+        what: String,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// Anything else, told for a person: what failed, with which value, what to do.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// Guest memory, at the source and at the destination.
+pub trait GuestMemory: Send + Sync {
+    /// Which page frames there are. Never changes during the life of the VM.
+    fn layout(&self) -> &Arc<MemoryLayout>;
+
+    /// The bytes of a range, which lies within one region and hence is contiguous in this
+    /// process. The guest may write to them at any time.
+    ///
+    /// # Errors
+    /// [`VmError::Range`].
+    fn slice(&self, range: PageRange) -> Result<VolatileSlice<'_>, VmError>;
+
+    /// Pages that have memory behind them on the host; all others read as zeros and were never
+    /// touched. Must not find out by reading: that would populate them (use SEEK_DATA, lseek(2),
+    /// on a memfd). With huge pages a whole huge page counts.
+    ///
+    /// # Errors
+    /// [`VmError::Os`].
+    fn populated(&self) -> Result<PageSet, VmError>;
+}
+
+/// Knows which pages were written, by the guest, by the hypervisor, or by a device.
+///
+/// The contract is that of KVM's dirty log with manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
+/// reading the log and clearing it are two steps, so that a page can be cleared right before it
+/// is read. For each page that is to be sent the engine goes in this order: *clear, look up,
+/// test for zero, send*. A page written after it was cleared is in a later `collect` again.
+pub trait DirtySource: Send + Sync {
+    /// Starts tracking. Every write after the return is in some later [`DirtySource::collect`].
+    /// More pages may be reported than were written; all of them are, with KVM's
+    /// "initially all set".
+    ///
+    /// # Errors
+    /// [`VmError::Os`]; tracking is then off.
+    fn start_tracking(&self) -> Result<(), VmError>;
+
+    /// Stops tracking and forgets what was tracked. Without effect when tracking is off.
+    ///
+    /// # Errors
+    /// [`VmError::Os`].
+    fn stop_tracking(&self) -> Result<(), VmError>;
+
+    /// Adds to `dirty` the pages that were written since tracking started or since each was last
+    /// cleared; does not clear the log.
+    ///
+    /// The implementer unites the guest's log with the pages that devices wrote. The latter may
+    /// be drained here instead of by `clear`: the write came before the mark, the mark before
+    /// this call, and the page is read after it.
+    ///
+    /// # Errors
+    /// [`VmError::Os`].
+    fn collect(&self, dirty: &mut PageSet) -> Result<(), VmError>;
+
+    /// Clears the log for exactly this range and protects its pages again. KVM_CLEAR_DIRTY_LOG
+    /// works on chunks of 64 pages but takes a bitmap of the pages in them: the implementer passes
+    /// only the range's own bits, so that a neighbour written meanwhile stays reported. Cheapest
+    /// for ranges that are multiples of 64 pages; all others are allowed.
+    ///
+    /// # Errors
+    /// [`VmError::Range`], [`VmError::Os`].
+    fn clear(&self, range: PageRange) -> Result<(), VmError>;
+}
+
+/// Why the engine stops the guest; for logs and events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PauseReason {
+    /// A snapshot is taken.
+    Snapshot,
+    /// The guest is about to be handed over to another process.
+    HandOver,
+}
+
+/// Stops the guest and lets it go on.
+pub trait VmControl: Send + Sync {
+    /// Stops all vCPUs and drains the devices. On return no guest code runs and no device writes
+    /// to guest memory. Pausing a paused VM is no error.
+    ///
+    /// # Errors
+    /// [`VmError::Deadline`] when vCPUs or block requests do not come to rest in time; the VM
+    /// then goes on as before the call.
+    fn pause(&self, reason: PauseReason, deadline: Instant) -> Result<(), VmError>;
+
+    /// Lets a paused VM go on: kicks every queue and raises pending interrupts again. Resuming a
+    /// running VM is no error. Needs no deadline: it waits for nothing.
+    ///
+    /// # Errors
+    /// [`VmError::Other`]; the VM stays paused.
+    fn resume(&self) -> Result<(), VmError>;
+}
+
+/// The state of one part of the machine, opaque to this crate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Section {
+    /// Which kind of part: `vcpu`, `serial`, `pit`, ...
+    pub kind: String,
+    /// Which one of its kind.
+    pub instance: u32,
+    /// Version of the encoding.
+    pub version: u16,
+    /// The encoded state.
+    #[serde(with = "crate::stream::bytes_field")]
+    pub data: Vec<u8>,
+}
+
+/// Everything of the machine that is not memory.
+pub trait VmState: Send + Sync {
+    /// Takes the state of all parts. The VM is paused. Taking the state may write to guest memory
+    /// (kvmclock, paravirtual end-of-interrupt), so the engine reads memory after this call.
+    ///
+    /// # Errors
+    /// [`VmError`], and nothing has changed.
+    fn save_sections(&self) -> Result<Vec<Section>, VmError>;
+
+    /// Puts states into a machine that has not run yet. They come from a peer or a file: the
+    /// implementer checks every value, and that every part has its section exactly once.
+    ///
+    /// # Errors
+    /// [`VmError::Other`] naming the section; the machine is then unusable.
+    fn load_sections(&self, sections: &[Section]) -> Result<(), VmError>;
+}
+
+/// What became of a page that was handed to [`DestinationMemory::place_page`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placed {
+    /// It is in memory now, and whoever waited for it goes on.
+    Now,
+    /// A page was there already, and stays.
+    Already,
+}
+
+/// Memory that receives a VM.
+pub trait DestinationMemory: GuestMemory {
+    /// Makes the host provide memory for a range that is about to be filled through
+    /// [`GuestMemory::slice`] (MADV_POPULATE_WRITE, madvise(2)), so that filling it takes no page
+    /// faults. Contents do not change. The engine calls it for every range before it writes.
+    ///
+    /// # Errors
+    /// [`VmError::Range`], or [`VmError::Os`] when the host has no memory left.
+    fn populate_ahead(&self, range: PageRange) -> Result<(), VmError>;
+
+    /// Makes a range read as zeros, and gives its memory back where that is possible.
+    ///
+    /// # Errors
+    /// [`VmError::Range`], [`VmError::Os`].
+    fn zero(&self, range: PageRange) -> Result<(), VmError>;
+
+    /// Puts one page in while the guest runs, atomically: nobody sees half of it, and a vCPU that
+    /// waits for it wakes up. The way of post-copy, where [`GuestMemory::slice`] of a missing
+    /// page must not be touched. Never overwrites a page that is there.
+    ///
+    /// # Errors
+    /// [`VmError::Range`], [`VmError::Os`].
+    fn place_page(&self, gfn: Gfn, data: &[u8; PAGE_BYTES]) -> Result<Placed, VmError>;
+}
