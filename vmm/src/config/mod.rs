@@ -1,8 +1,36 @@
 //! The configuration of a VM: one structure for flags, file, API and saved state.
+//!
+//! Flags and file each give [`RunOptions`]; the flags are laid over the file, defaults fill the
+//! rest, and [`RunOptions::finish`] gives a validated [`RunSettings`].
+
+mod error;
+mod file;
+mod options;
+mod size;
+mod value;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+pub use error::ConfigError;
+pub use options::{HostLimits, ProcessSettings, RestoreSettings, RunOptions, RunSettings};
+pub use size::{format_size, parse_size};
+pub use value::{
+    parse_cmdline, parse_cpu, parse_cpus, parse_name, parse_path, CpuModel, CpuSpec, LogConfig,
+};
+
+/// Longest name of a VM, characters.
+pub const MAX_NAME: usize = 64;
+/// Most vCPUs of a VM.
+pub const MAX_CPUS: u8 = 64;
+/// Least memory of a VM, bytes.
+pub const MIN_MEMORY: u64 = 16 << 20;
+/// Memory of a VM that was told nothing else, bytes.
+pub const DEFAULT_MEMORY: u64 = 256 << 20;
+/// Longest kernel command line, bytes without its final NUL: COMMAND_LINE_SIZE of x86 Linux
+/// (arch/x86/include/asm/setup.h) less one.
+pub const MAX_CMDLINE: usize = 2047;
 
 /// All that defines a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,0 +1,148 @@
+//! What can be wrong with a configuration: one sentence each, and what to do about it.
+
+use std::path::PathBuf;
+
+use super::size::format_size;
+use super::{MAX_CMDLINE, MAX_CPUS, MAX_NAME, MIN_MEMORY};
+
+/// A configuration that is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The name is empty.
+    #[error("the name is empty: give one of 1 to {MAX_NAME} characters out of [A-Za-z0-9._-]")]
+    NameEmpty,
+    /// The name is too long.
+    #[error("the name is {0} bytes long: use at most {MAX_NAME}")]
+    NameTooLong(usize),
+    /// The name holds a character that is not allowed.
+    #[error("the name {name:?} has {found:?} in it: use only [A-Za-z0-9._-]")]
+    NameCharacter {
+        /// The name.
+        name: String,
+        /// The first character that is not allowed.
+        found: char,
+    },
+    /// The name begins with something that is mistaken for a flag or hidden by `ls`.
+    #[error("the name {0:?} begins with {1:?}: begin it with a letter, a digit or an underscore")]
+    NameStart(String, char),
+
+    /// Not a number with a unit.
+    #[error("{0:?} is not a size: write a whole number of bytes, or one with a unit such as 512M, 1G or 64MiB (K, M, G, T are powers of 1024)")]
+    SizeSyntax(String),
+    /// More than 64 bits.
+    #[error("{0:?} is more than 2^64 bytes: use a smaller size")]
+    SizeOverflow(String),
+
+    /// Too little memory.
+    #[error("memory of {} is too small: use at least {}", format_size(*.0), format_size(MIN_MEMORY))]
+    MemoryTooSmall(u64),
+    /// More memory than the host has.
+    #[error("memory of {} is more than this host has ({}): use at most {}", format_size(*.size), format_size(*.host), format_size(.host & !((2 << 20) - 1)))]
+    MemoryTooLarge {
+        /// What was asked for, bytes.
+        size: u64,
+        /// What the host has, bytes.
+        host: u64,
+    },
+    /// Not whole pages.
+    #[error("memory of {0} bytes is not a multiple of 4 KiB: use {next} bytes, or a size in M or G", next = .0.next_multiple_of(4096))]
+    MemoryAlignment(u64),
+    /// Not whole huge pages.
+    #[error("memory of {} with huge pages is not a multiple of 2 MiB: use {}, or leave out --hugepages", format_size(*.0), format_size(.0.next_multiple_of(2 << 20)))]
+    MemoryHugeAlignment(u64),
+
+    /// Not a number of vCPUs.
+    #[error("{0} vCPUs are not possible: use 1 to {MAX_CPUS}")]
+    CpusOutOfRange(String),
+
+    /// No such CPU model.
+    #[error(
+        "{0:?} is not a CPU model: use host, x86-64-v2, x86-64-v3 or x86-64-v4, \
+         then features as in host,+aes,-rdrand"
+    )]
+    CpuModel(String),
+    /// Not `+feature` or `-feature`.
+    #[error("{0:?} is not a CPU feature: write +NAME to add one or -NAME to leave one out, separated by commas")]
+    CpuFeature(String),
+
+    /// No such kind of console.
+    #[error("{0:?} is not a console: use stdio, pty, socket or file:PATH")]
+    Console(String),
+    /// `file:` without a path.
+    #[error("the console is a file without a path: write file:PATH")]
+    ConsoleFile,
+
+    /// Neither restart nor exit.
+    #[error("{0:?} is not something to do on a reboot: use restart or exit")]
+    OnReboot(String),
+
+    /// The log filter cannot be parsed.
+    #[error("{filter:?} is not a log filter ({why}): use off, error, warn, info, debug, trace, or MODULE=LEVEL,... and then :FILE")]
+    Log {
+        /// The filter.
+        filter: String,
+        /// What the parser said.
+        why: String,
+    },
+
+    /// A path is empty.
+    #[error("{0} is an empty path: give a file, or leave it out")]
+    EmptyPath(&'static str),
+    /// An initrd belongs to a kernel.
+    #[error("--initrd {0} needs a --kernel: the built-in guest takes no initrd")]
+    InitrdWithoutKernel(PathBuf),
+    /// The command line cannot hold a NUL byte.
+    #[error("the kernel command line has a NUL byte at position {0}: remove it")]
+    CmdlineNul(usize),
+    /// The command line is longer than Linux takes.
+    #[error("the kernel command line is {0} bytes long: use at most {MAX_CMDLINE}")]
+    CmdlineTooLong(usize),
+    /// Two outputs into one file.
+    #[error("{first} and {second} are both {path}: give each its own file")]
+    SameFile {
+        /// The first use of the path.
+        first: &'static str,
+        /// The second use of the path.
+        second: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// A path cannot be made absolute.
+    #[error("cannot tell the absolute path of {path}: {why}")]
+    Absolute {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        why: String,
+    },
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {path}: {why}")]
+    FileRead {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        why: String,
+    },
+    /// The file is larger than any configuration.
+    #[error("the configuration file {path} is more than {limit} bytes long: is it one?")]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The limit, bytes.
+        limit: u64,
+    },
+    /// The file's contents are wrong.
+    #[error("{path}:{line}:{column}: {key}{why}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column in characters, from 1.
+        column: usize,
+        /// The key followed by a colon and a space, or nothing when there is none.
+        key: String,
+        /// What is wrong and what is allowed.
+        why: String,
+    },
+}

@@ -1,0 +1,306 @@
+//! Single settings, from the text that flags and file have in common.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use tracing_subscriber::EnvFilter;
+
+use super::{ConfigError, ConsoleConfig, OnReboot, MAX_CMDLINE, MAX_CPUS, MAX_NAME};
+
+/// Checks the name of a VM: 1 to 64 characters out of `[A-Za-z0-9._-]`, not beginning with `.`
+/// (hidden files in the runtime directory) or `-` (looks like a flag).
+///
+/// # Errors
+/// The first of these rules that is broken.
+pub fn parse_name(name: &str) -> Result<String, ConfigError> {
+    if name.is_empty() {
+        return Err(ConfigError::NameEmpty);
+    }
+    if name.len() > MAX_NAME {
+        return Err(ConfigError::NameTooLong(name.len()));
+    }
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if let Some(found) = name.chars().find(|&c| !allowed(c)) {
+        return Err(ConfigError::NameCharacter { name: name.to_owned(), found });
+    }
+    if let Some(first @ ('.' | '-')) = name.chars().next() {
+        return Err(ConfigError::NameStart(name.to_owned(), first));
+    }
+    Ok(name.to_owned())
+}
+
+/// Reads a number of vCPUs, 1 to 64.
+///
+/// # Errors
+/// Anything else.
+pub fn parse_cpus(text: &str) -> Result<u8, ConfigError> {
+    match text.parse::<u8>() {
+        Ok(n) if (1..=MAX_CPUS).contains(&n) => Ok(n),
+        _ => Err(ConfigError::CpusOutOfRange(text.to_owned())),
+    }
+}
+
+/// Checks the form of a kernel command line: no NUL byte, and not more than Linux takes.
+///
+/// # Errors
+/// Either rule broken.
+pub fn parse_cmdline(text: &str) -> Result<String, ConfigError> {
+    if let Some(at) = text.bytes().position(|b| b == 0) {
+        return Err(ConfigError::CmdlineNul(at));
+    }
+    if text.len() > MAX_CMDLINE {
+        return Err(ConfigError::CmdlineTooLong(text.len()));
+    }
+    Ok(text.to_owned())
+}
+
+/// A CPU model of `--cpu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CpuModel {
+    /// All that KVM supports on this host.
+    Host,
+    /// The x86-64-v2 level of the System V ABI (AMD64 supplement, section 3.1.1).
+    V2,
+    /// The x86-64-v3 level.
+    V3,
+    /// The x86-64-v4 level.
+    V4,
+}
+
+/// `--cpu` taken apart. Whether a feature exists is for the CPUID code to say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuSpec {
+    /// The model.
+    pub model: CpuModel,
+    /// Features to add, lower case, in the order given.
+    pub add: Vec<String>,
+    /// Features to leave out, lower case, in the order given.
+    pub remove: Vec<String>,
+}
+
+impl FromStr for CpuSpec {
+    type Err = ConfigError;
+
+    /// Reads `MODEL[,+FEATURE][,-FEATURE]...`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let mut parts = text.split(',');
+        let model = match parts.next().unwrap_or_default() {
+            "host" => CpuModel::Host,
+            "x86-64-v2" => CpuModel::V2,
+            "x86-64-v3" => CpuModel::V3,
+            "x86-64-v4" => CpuModel::V4,
+            other => return Err(ConfigError::CpuModel(other.to_owned())),
+        };
+        let mut spec = Self { model, add: Vec::new(), remove: Vec::new() };
+        for part in parts {
+            let wrong = || ConfigError::CpuFeature(part.to_owned());
+            let (list, name) = match part.split_at_checked(1) {
+                Some(("+", name)) => (&mut spec.add, name),
+                Some(("-", name)) => (&mut spec.remove, name),
+                _ => return Err(wrong()),
+            };
+            let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
+            if name.is_empty() || !name.bytes().all(allowed) {
+                return Err(wrong());
+            }
+            list.push(name.to_ascii_lowercase());
+        }
+        Ok(spec)
+    }
+}
+
+/// Checks a `--cpu` and keeps it as it was written.
+///
+/// # Errors
+/// As [`CpuSpec::from_str`].
+pub fn parse_cpu(text: &str) -> Result<String, ConfigError> {
+    text.parse::<CpuSpec>().map(|_| text.to_owned())
+}
+
+impl FromStr for ConsoleConfig {
+    type Err = ConfigError;
+
+    /// Reads `stdio`, `pty`, `socket` or `file:PATH`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "stdio" => Ok(Self::Stdio),
+            "pty" => Ok(Self::Pty),
+            "socket" => Ok(Self::Socket),
+            "file" | "file:" => Err(ConfigError::ConsoleFile),
+            _ => text
+                .strip_prefix("file:")
+                .map(|path| Self::File(PathBuf::from(path)))
+                .ok_or_else(|| ConfigError::Console(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for ConsoleConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::Pty => f.write_str("pty"),
+            Self::Socket => f.write_str("socket"),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for OnReboot {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "restart" => Ok(Self::Restart),
+            "exit" => Ok(Self::Exit),
+            _ => Err(ConfigError::OnReboot(text.to_owned())),
+        }
+    }
+}
+
+/// What is logged, and where to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogConfig {
+    /// Filter in the syntax of `tracing_subscriber::EnvFilter`: `info`, `warn,vmm::api=debug`.
+    pub filter: String,
+    /// File to append to; standard error when absent.
+    pub file: Option<PathBuf>,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { filter: "warn".to_owned(), file: None }
+    }
+}
+
+impl FromStr for LogConfig {
+    type Err = ConfigError;
+
+    /// Reads `FILTER[:FILE]`. The file begins after the first colon that is not part of a `::`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let bytes = text.as_bytes();
+        let colon = |i: usize| bytes.get(i) == Some(&b':');
+        let split =
+            (0..bytes.len()).find(|&i| colon(i) && !colon(i + 1) && (i == 0 || !colon(i - 1)));
+        let (filter, file) = match split {
+            Some(at) => (&text[..at], Some(&text[at + 1..])),
+            None => (text, None),
+        };
+        if file == Some("") {
+            return Err(ConfigError::EmptyPath("the log's FILE"));
+        }
+        let wrong = |why: String| ConfigError::Log { filter: filter.to_owned(), why };
+        if filter.is_empty() {
+            return Err(wrong("it is empty".to_owned()));
+        }
+        // EnvFilter takes a bare word that is no level for the name of a module: a misspelt level
+        // would silently log nothing.
+        let levels = ["off", "error", "warn", "info", "debug", "trace"];
+        for part in filter.split(',') {
+            if !part.contains('=') && !levels.contains(&part.to_ascii_lowercase().as_str()) {
+                return Err(wrong(format!("{part:?} is not a level")));
+            }
+        }
+        EnvFilter::try_new(filter).map_err(|e| wrong(e.to_string()))?;
+        Ok(Self { filter: filter.to_owned(), file: file.map(PathBuf::from) })
+    }
+}
+
+/// Takes a path that is not empty.
+///
+/// # Errors
+/// An empty one; `what` names it.
+pub fn parse_path(text: &str, what: &'static str) -> Result<PathBuf, ConfigError> {
+    if text.is_empty() {
+        return Err(ConfigError::EmptyPath(what));
+    }
+    Ok(PathBuf::from(text))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn names() {
+        for good in ["a", "vm-1", "A.b_c-9", "_x", &"n".repeat(64)] {
+            assert_eq!(parse_name(good).as_deref(), Ok(good));
+        }
+        assert_eq!(parse_name(""), Err(ConfigError::NameEmpty));
+        assert_eq!(parse_name(&"n".repeat(65)), Err(ConfigError::NameTooLong(65)));
+        for (bad, found) in [("a/b", '/'), ("../x", '/'), ("a b", ' '), ("ä", 'ä'), ("a\0", '\0')]
+        {
+            let name = bad.to_owned();
+            assert_eq!(parse_name(bad), Err(ConfigError::NameCharacter { name, found }));
+        }
+        assert_eq!(parse_name("-v"), Err(ConfigError::NameStart("-v".into(), '-')));
+        assert_eq!(parse_name(".."), Err(ConfigError::NameStart("..".into(), '.')));
+    }
+
+    #[test]
+    fn cpus() {
+        assert_eq!(parse_cpus("1"), Ok(1));
+        assert_eq!(parse_cpus("64"), Ok(64));
+        for bad in ["0", "65", "256", "-1", "two", "", "1.0"] {
+            assert_eq!(parse_cpus(bad), Err(ConfigError::CpusOutOfRange(bad.into())));
+        }
+    }
+
+    #[test]
+    fn cmdlines() {
+        assert_eq!(parse_cmdline(&"x".repeat(MAX_CMDLINE)).unwrap().len(), MAX_CMDLINE);
+        let long = "x".repeat(MAX_CMDLINE + 1);
+        assert_eq!(parse_cmdline(&long), Err(ConfigError::CmdlineTooLong(MAX_CMDLINE + 1)));
+        assert_eq!(parse_cmdline("ab\0c"), Err(ConfigError::CmdlineNul(2)));
+    }
+
+    #[test]
+    fn cpu_models() {
+        let spec: CpuSpec = "x86-64-v3,+AES,-rdrand,+avx512f".parse().unwrap();
+        assert_eq!(spec.model, CpuModel::V3);
+        assert_eq!(spec.add, ["aes", "avx512f"]);
+        assert_eq!(spec.remove, ["rdrand"]);
+        assert_eq!(parse_cpu("host").as_deref(), Ok("host"));
+        for model in ["", "Host", "x86-64-v5", "+aes"] {
+            assert_eq!(parse_cpu(model), Err(ConfigError::CpuModel(model.into())));
+        }
+        for feature in ["aes", "+", "", "+a b", "é", "+é"] {
+            let text = format!("host,{feature}");
+            assert_eq!(parse_cpu(&text), Err(ConfigError::CpuFeature(feature.into())), "{text}");
+        }
+    }
+
+    #[test]
+    fn consoles() {
+        for text in ["stdio", "pty", "socket", "file:/tmp/a:b"] {
+            let console: ConsoleConfig = text.parse().unwrap();
+            assert_eq!(console.to_string(), text);
+        }
+        assert_eq!("file:".parse::<ConsoleConfig>(), Err(ConfigError::ConsoleFile));
+        assert_eq!("file".parse::<ConsoleConfig>(), Err(ConfigError::ConsoleFile));
+        assert_eq!("tty".parse::<ConsoleConfig>(), Err(ConfigError::Console("tty".into())));
+    }
+
+    #[test]
+    fn logs() {
+        let log: LogConfig = "warn,vmm::api=debug:/tmp/l".parse().unwrap();
+        assert_eq!(log.filter, "warn,vmm::api=debug");
+        assert_eq!(log.file, Some("/tmp/l".into()));
+        assert_eq!("INFO".parse::<LogConfig>().unwrap().file, None);
+        assert_eq!("off:a::b".parse::<LogConfig>().unwrap().file, Some("a::b".into()));
+        for bad in ["", "debgu", "vmm=loud", "info,", ":/tmp/l"] {
+            let got = bad.parse::<LogConfig>();
+            assert!(matches!(got, Err(ConfigError::Log { .. })), "{bad:?}: {got:?}");
+        }
+        assert!(matches!("info:".parse::<LogConfig>(), Err(ConfigError::EmptyPath(_))));
+    }
+
+    #[test]
+    fn reboots() {
+        assert_eq!("exit".parse(), Ok(OnReboot::Exit));
+        assert_eq!("restart".parse(), Ok(OnReboot::Restart));
+        assert_eq!("halt".parse::<OnReboot>(), Err(ConfigError::OnReboot("halt".into())));
+    }
+}
