@@ -72,6 +72,36 @@ pub enum PersistError {
         /// Kind that the payload names.
         found: String,
     },
+    /// A value in the state is outside of what the part allows.
+    #[error("state of {kind} is invalid: {reason}")]
+    Invalid {
+        /// Kind of part.
+        kind: &'static str,
+        /// Which value, and what it may be.
+        reason: String,
+    },
+    /// The encoded state is over [`PAYLOAD_LIMIT`], so that nobody could read it.
+    #[error(
+        "state of {kind} takes {size} bytes, more than the {PAYLOAD_LIMIT} a payload may have"
+    )]
+    TooLarge {
+        /// Kind of part.
+        kind: &'static str,
+        /// Encoded size, bytes.
+        size: usize,
+    },
+    /// The payload was written by a program so old that its version is not converted any more.
+    #[error(
+        "state of {kind} has version {found}, which this program does not convert to {current}"
+    )]
+    OldVersion {
+        /// Kind of part.
+        kind: &'static str,
+        /// Version that was found.
+        found: u16,
+        /// Version that this program writes.
+        current: u16,
+    },
     /// The payload was written by a newer program.
     #[error("state of {kind} has version {found}; this program reads up to {supported}: use a newer minivmm here")]
     UnknownVersion {
@@ -106,6 +136,10 @@ pub trait Persist {
         let state = self.save()?;
         let data = bincode::serde::encode_to_vec(&state, BINCODE)
             .map_err(|error| PersistError::Encode { kind: Self::KIND, error })?;
+        // The encoder knows no limit, the decoder does: fail on the side that can still go on.
+        if data.len() > PAYLOAD_LIMIT {
+            return Err(PersistError::TooLarge { kind: Self::KIND, size: data.len() }.into());
+        }
         Ok(Payload { kind: Self::KIND.to_owned(), instance, version: Self::VERSION, data })
     }
 
@@ -117,7 +151,14 @@ pub trait Persist {
                 found: payload.kind.clone(),
             });
         }
-        if payload.version != Self::VERSION {
+        if payload.version < Self::VERSION {
+            return Err(PersistError::OldVersion {
+                kind: Self::KIND,
+                found: payload.version,
+                current: Self::VERSION,
+            });
+        }
+        if payload.version > Self::VERSION {
             return Err(PersistError::UnknownVersion {
                 kind: Self::KIND,
                 found: payload.version,
@@ -142,5 +183,119 @@ pub trait Persist {
     fn restore_payload(&mut self, payload: &Payload) -> Result<(), Self::Error> {
         let state = Self::decode_payload(payload)?;
         self.restore(&state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+    struct PartState {
+        number: u32,
+        bytes: Vec<u8>,
+    }
+
+    struct Part(PartState);
+
+    impl Persist for Part {
+        const KIND: &'static str = "part";
+        const VERSION: u16 = 3;
+        type State = PartState;
+        type Error = PersistError;
+
+        fn save(&self) -> Result<PartState, PersistError> {
+            Ok(self.0.clone())
+        }
+
+        fn restore(&mut self, state: &PartState) -> Result<(), PersistError> {
+            self.0 = state.clone();
+            Ok(())
+        }
+    }
+
+    fn part() -> Part {
+        Part(PartState { number: 0x1234_5678, bytes: vec![1, 2, 3] })
+    }
+
+    #[test]
+    fn a_saved_state_restores() {
+        let payload = part().save_payload(7).unwrap();
+        assert_eq!((payload.kind.as_str(), payload.instance, payload.version), ("part", 7, 3));
+        let mut other = Part(PartState { number: 0, bytes: Vec::new() });
+        other.restore_payload(&payload).unwrap();
+        assert_eq!(other.0, part().0);
+    }
+
+    #[test]
+    fn the_encoding_is_frozen() {
+        // 0xFC announces a 32-bit integer, then the length of the bytes.
+        let payload = part().save_payload(0).unwrap();
+        assert_eq!(payload.data, [0xFC, 0x78, 0x56, 0x34, 0x12, 3, 1, 2, 3]);
+    }
+
+    #[test]
+    fn another_kind_is_refused() {
+        let payload = Payload { kind: "serial".into(), ..part().save_payload(0).unwrap() };
+        let error = part().restore_payload(&payload).unwrap_err();
+        assert_eq!(error.to_string(), "state is of serial, expected part");
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        let saved = part().save_payload(0).unwrap();
+        let newer = Payload { version: 4, ..saved.clone() };
+        assert!(matches!(
+            part().restore_payload(&newer),
+            Err(PersistError::UnknownVersion { found: 4, supported: 3, .. })
+        ));
+        let older = Payload { version: 2, ..saved };
+        assert!(matches!(
+            part().restore_payload(&older),
+            Err(PersistError::OldVersion { found: 2, current: 3, .. })
+        ));
+    }
+
+    #[test]
+    fn bytes_too_many_or_too_few_are_refused() {
+        let mut payload = part().save_payload(0).unwrap();
+        payload.data.push(0);
+        assert!(matches!(
+            part().restore_payload(&payload),
+            Err(PersistError::Trailing { extra: 1, .. })
+        ));
+        for length in 0..payload.data.len() - 1 {
+            let short = Payload { data: payload.data[..length].to_vec(), ..payload.clone() };
+            assert!(matches!(part().restore_payload(&short), Err(PersistError::Decode { .. })));
+        }
+    }
+
+    #[test]
+    fn a_hostile_length_is_refused() {
+        // A vector that claims 2^64 - 1 bytes, then one just over the limit.
+        for length in [u64::MAX, PAYLOAD_LIMIT as u64 + 1] {
+            let mut data = vec![0, 0xFD];
+            data.extend(length.to_le_bytes());
+            let payload = Payload { kind: "part".into(), instance: 0, version: 3, data };
+            assert!(matches!(part().restore_payload(&payload), Err(PersistError::Decode { .. })));
+        }
+    }
+
+    #[test]
+    fn a_state_that_nobody_could_read_is_not_written() {
+        let part = Part(PartState { number: 0, bytes: vec![0; PAYLOAD_LIMIT] });
+        assert!(matches!(part.save_payload(0), Err(PersistError::TooLarge { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(data in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let payload = Payload { kind: "part".into(), instance: 0, version: 3, data };
+            let _ = part().restore_payload(&payload);
+        }
     }
 }
