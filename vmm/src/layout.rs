@@ -12,11 +12,6 @@ pub const HOLE_START: u64 = 0xC000_0000;
 /// End of the hole.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
-/// Smallest guest memory, bytes.
-pub const MEMORY_MIN: u64 = 16 << 20;
-/// Most vCPUs of one VM.
-pub const VCPUS_MAX: u8 = 64;
-
 /// Long-mode GDT of the 64-bit Linux boot protocol and of PVH.
 pub const GDT: u64 = 0x500;
 /// PVH `hvm_start_info`, followed by module list and memory map.

@@ -1,12 +1,16 @@
 //! A virtual machine monitor for Linux/KVM built around live migration.
 
+pub mod acpi;
 pub mod boot;
 pub mod config;
+pub mod console;
 pub mod control;
+pub mod cpu;
 pub mod events;
 pub mod gate;
 pub mod kvm;
 pub mod layout;
+pub mod machine;
 pub mod memory;
 pub mod process;
 pub mod runtime_dir;

@@ -198,6 +198,22 @@ impl GuestRam {
         self.file.metadata().map_or(0, |m| m.blocks() * 512)
     }
 
+    /// Gives back `len` bytes at `offset` of the memfd: they read as zeros afterwards.
+    pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let (offset, len) =
+            (i64::try_from(offset).map_err(invalid)?, i64::try_from(len).map_err(invalid)?);
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: plain system call on a descriptor that we own; mappings of the range stay
+        // valid and read zeros.
+        let rc = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, len) };
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
     fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>, MemoryError> {
         let from = i64::try_from(from)
             .map_err(|_| MemoryError::Populated(io::Error::from(io::ErrorKind::InvalidInput)))?;

@@ -20,11 +20,7 @@ pub fn thread_cpu_ms(tid: u32) -> u64 {
 #[must_use]
 pub fn cpu_ms() -> u64 {
     let Ok(tasks) = fs::read_dir("/proc/self/task") else { return 0 };
-    tasks
-        .flatten()
-        .filter_map(|t| t.file_name().to_str()?.parse().ok())
-        .map(thread_cpu_ms)
-        .sum()
+    tasks.flatten().filter_map(|t| t.file_name().to_str()?.parse().ok()).map(thread_cpu_ms).sum()
 }
 
 fn schedstat_ms(path: &str) -> u64 {
@@ -42,7 +38,9 @@ pub fn overhead_bytes() -> u64 {
     let field = |name: &str| {
         status
             .lines()
-            .find_map(|l| l.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+            .find_map(|l| {
+                l.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+            })
             .unwrap_or(0)
     };
     (field("RssAnon:") + field("RssFile:")) * 1024

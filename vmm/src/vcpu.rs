@@ -11,9 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use devices::bus::Bus;
-use kvm_bindings::{
-    kvm_run, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-};
+use kvm_bindings::{kvm_run, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
@@ -29,6 +27,8 @@ pub enum GuestRequest {
     Reset,
     /// The guest switched the machine off.
     PowerOff,
+    /// An operator ends the VM.
+    Kill,
     /// The guest cannot go on.
     Crash {
         /// Which vCPU.
@@ -238,7 +238,12 @@ impl Vcpu {
     }
 
     /// Handles an exit; a text when the guest cannot go on.
-    fn handle(&self, exit: VcpuExit<'_>, page: *mut kvm_run, context: &VcpuContext) -> Option<String> {
+    fn handle(
+        &self,
+        exit: VcpuExit<'_>,
+        page: *mut kvm_run,
+        context: &VcpuContext,
+    ) -> Option<String> {
         match exit {
             VcpuExit::IoOut(port, data) => {
                 self.pio.fetch_add(1, Ordering::Relaxed);
@@ -270,7 +275,9 @@ impl Vcpu {
                     context.unmapped.mmio_writes.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => (context.requests)(GuestRequest::Reset),
+            VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
+                (context.requests)(GuestRequest::Reset)
+            }
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
                 (context.requests)(GuestRequest::PowerOff);
             }
@@ -285,7 +292,9 @@ impl Vcpu {
                 ));
             }
             VcpuExit::FailEntry(reason, cpu) => {
-                return Some(format!("hardware refused to enter the guest (reason {reason:#x}, CPU {cpu})"));
+                return Some(format!(
+                    "hardware refused to enter the guest (reason {reason:#x}, CPU {cpu})"
+                ));
             }
             other => return Some(format!("unexpected exit from KVM: {other:?}")),
         }
@@ -316,13 +325,33 @@ fn describe_registers(fd: &VcpuFd) -> String {
         return "registers cannot be read".to_owned();
     };
     let all: [(&str, u64); 28] = [
-        ("rip", r.rip), ("rflags", r.rflags), ("rsp", r.rsp), ("rbp", r.rbp),
-        ("rax", r.rax), ("rbx", r.rbx), ("rcx", r.rcx), ("rdx", r.rdx),
-        ("rsi", r.rsi), ("rdi", r.rdi), ("r8", r.r8), ("r9", r.r9),
-        ("r10", r.r10), ("r11", r.r11), ("r12", r.r12), ("r13", r.r13),
-        ("r14", r.r14), ("r15", r.r15), ("cr0", s.cr0), ("cr2", s.cr2),
-        ("cr3", s.cr3), ("cr4", s.cr4), ("efer", s.efer), ("cs", s.cs.selector.into()),
-        ("ss", s.ss.selector.into()), ("gdt", s.gdt.base), ("idt", s.idt.base),
+        ("rip", r.rip),
+        ("rflags", r.rflags),
+        ("rsp", r.rsp),
+        ("rbp", r.rbp),
+        ("rax", r.rax),
+        ("rbx", r.rbx),
+        ("rcx", r.rcx),
+        ("rdx", r.rdx),
+        ("rsi", r.rsi),
+        ("rdi", r.rdi),
+        ("r8", r.r8),
+        ("r9", r.r9),
+        ("r10", r.r10),
+        ("r11", r.r11),
+        ("r12", r.r12),
+        ("r13", r.r13),
+        ("r14", r.r14),
+        ("r15", r.r15),
+        ("cr0", s.cr0),
+        ("cr2", s.cr2),
+        ("cr3", s.cr3),
+        ("cr4", s.cr4),
+        ("efer", s.efer),
+        ("cs", s.cs.selector.into()),
+        ("ss", s.ss.selector.into()),
+        ("gdt", s.gdt.base),
+        ("idt", s.idt.base),
         ("tr", s.tr.selector.into()),
     ];
     let line = |regs: &[(&str, u64)]| {

@@ -169,13 +169,13 @@ fn enable(vm: &VmFd, cap: u32, arg: u64) {
     }
 }
 
+/// Turns dirty logging of all slots on or off.
+pub fn set_dirty_logging(vm: &VmFd, regions: &[RamRegion], on: bool) -> Result<(), KvmError> {
+    regions.iter().enumerate().try_for_each(|(slot, region)| set_slot(vm, slot, region, on))
+}
+
 /// Sets memory slot `slot`, with or without dirty logging.
-pub(super) fn set_slot(
-    vm: &VmFd,
-    slot: usize,
-    region: &RamRegion,
-    log_dirty: bool,
-) -> Result<(), KvmError> {
+fn set_slot(vm: &VmFd, slot: usize, region: &RamRegion, log_dirty: bool) -> Result<(), KvmError> {
     let region = kvm_userspace_memory_region {
         slot: u32::try_from(slot).unwrap_or(u32::MAX),
         flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },

@@ -98,7 +98,8 @@ pub struct VcpuKvm {
 }
 
 /// The host's time-stamp counter.
-pub(super) fn host_tsc() -> u64 {
+#[must_use]
+pub fn host_tsc() -> u64 {
     // SAFETY: RDTSC has no preconditions on x86-64.
     unsafe { core::arch::x86_64::_rdtsc() }
 }

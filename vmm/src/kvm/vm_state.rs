@@ -42,29 +42,37 @@ pub struct VmKvm {
 
 const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
-impl VmKvm {
-    /// Reads the clock. All vCPUs stand.
-    pub fn save_clock(&self) -> Result<ClockStateV1, KvmError> {
+/// kvmclock as a part of its own: it is put back when everything else is.
+#[derive(Debug, Clone)]
+pub struct VmClock {
+    /// The VM's descriptor.
+    pub fd: Arc<VmFd>,
+}
+
+impl Persist for VmClock {
+    const KIND: &'static str = "clock";
+    const VERSION: u16 = 1;
+    type State = ClockStateV1;
+    type Error = KvmError;
+
+    fn save(&self) -> Result<ClockStateV1, KvmError> {
         let clock = self.fd.get_clock().map_err(KvmError::ioctl("reading the VM's clock"))?;
         // The flags say which fields KVM filled; on some hosts none, whatever is advertised.
         let has = |flag: u32| clock.flags & flag != 0;
+        let host_tsc =
+            if has(kvm_bindings::KVM_CLOCK_HOST_TSC) { clock.host_tsc } else { host_tsc() };
         Ok(ClockStateV1 {
             clock_ns: clock.clock,
             realtime_ns: has(kvm_bindings::KVM_CLOCK_REALTIME).then_some(clock.realtime),
-            host_tsc: if has(kvm_bindings::KVM_CLOCK_HOST_TSC) {
-                clock.host_tsc
-            } else {
-                host_tsc()
-            },
+            host_tsc,
         })
     }
 
     /// Lets the clock go on from the saved value: the time in between does not exist for the
-    /// guest. Returns the host's TSC of that moment, for the vCPUs.
-    pub fn restore_clock(&self, state: &ClockStateV1) -> Result<u64, KvmError> {
+    /// guest.
+    fn restore(&mut self, state: &ClockStateV1) -> Result<(), KvmError> {
         let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
-        self.fd.set_clock(&clock).map_err(KvmError::ioctl("setting the VM's clock"))?;
-        Ok(host_tsc())
+        self.fd.set_clock(&clock).map_err(KvmError::ioctl("setting the VM's clock"))
     }
 }
 

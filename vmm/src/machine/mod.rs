@@ -1,0 +1,325 @@
+//! The machine: memory, vCPUs and devices put together, and its life from power-on to power-off.
+//!
+//! Life-changing operations (pause, resume, reset, save) hold one lock, `life`, for as long as
+//! they take; `info` and `stats` take none of the locks that those hold.
+
+mod build;
+mod lines;
+mod memory;
+mod sections;
+
+use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use devices::{AcpiPm, Serial, I8042};
+use migration::MemoryLayout;
+use serde_json::json;
+
+use crate::boot::{BootError, BootSource, Image};
+use crate::config::VmConfig;
+use crate::console::ConsoleWriter;
+use crate::control::{UnmappedStats, VcpuStats, VmStatus};
+use crate::events::EventLog;
+use crate::gate::Target;
+use crate::kvm::{KvmError, VmKvm};
+use crate::memory::{GuestRam, MemoryError};
+use crate::vcpu::{GuestRequest, Vcpu, VcpuContext};
+
+pub use build::{MachineBuilder, RequestSender};
+pub use sections::{differences, StateError};
+
+/// How long vCPUs may take to stop. They leave KVM_RUN within microseconds; only a host in
+/// trouble (swapping, stopped) takes longer.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a machine could not be made or did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initrd, command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// CPU model.
+    #[error(transparent)]
+    Cpu(#[from] crate::cpu::CpuError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] crate::acpi::AcpiError),
+    /// Saved state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Devices overlap.
+    #[error(transparent)]
+    Bus(#[from] devices::BusError),
+    /// A thread could not be started.
+    #[error("cannot start thread {name}: {error}")]
+    Thread {
+        /// Its name.
+        name: &'static str,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// vCPUs did not stop.
+    #[error("vCPUs did not stop within {} s; the VM goes on", STOP_LIMIT.as_secs())]
+    NotStopped,
+    /// The VM has ended.
+    #[error("the VM has ended ({0:?})")]
+    Ended(VmStatus),
+}
+
+/// The devices that have state of their own.
+struct DeviceSet {
+    serial: Arc<Mutex<Serial<ConsoleWriter>>>,
+    i8042: Arc<Mutex<I8042>>,
+    power: Arc<Mutex<AcpiPm>>,
+}
+
+/// Kernel and initrd, kept for reboots.
+#[derive(Debug)]
+pub struct BootMedia {
+    /// Kernel.
+    pub kernel: Image,
+    /// Initial RAM disk.
+    pub initrd: Option<Image>,
+}
+
+/// A virtual machine.
+pub struct Machine {
+    config: VmConfig,
+    media: BootMedia,
+    acpi: crate::acpi::AcpiImage,
+    ram: GuestRam,
+    layout: Arc<MemoryLayout>,
+    vm: VmKvm,
+    vcpus: Vec<Arc<Vcpu>>,
+    context: Arc<VcpuContext>,
+    devices: DeviceSet,
+    /// State at power-on: a reset puts it back.
+    pristine: Vec<migration::Section>,
+    life: Mutex<()>,
+    /// Whether console input is taken: not while the guest stands, so that the serial port does
+    /// not change under who reads its state.
+    takes_input: Mutex<bool>,
+    input_wanted: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    status: AtomicU8,
+    events: EventLog,
+    pauses: AtomicU64,
+    reboots: AtomicU64,
+    started: Instant,
+}
+
+/// Locks a mutex whose holder may have panicked: devices stay consistent access by access.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const STATUSES: [VmStatus; 5] =
+    [VmStatus::Creating, VmStatus::Running, VmStatus::Paused, VmStatus::Stopped, VmStatus::Crashed];
+
+impl Machine {
+    /// The configuration in force.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Kernel and initrd.
+    #[must_use]
+    pub fn media(&self) -> &BootMedia {
+        &self.media
+    }
+
+    /// The event log.
+    #[must_use]
+    pub fn events(&self) -> &EventLog {
+        &self.events
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Life of the VM now.
+    #[must_use]
+    pub fn status(&self) -> VmStatus {
+        STATUSES[usize::from(self.status.load(Ordering::Acquire))]
+    }
+
+    fn set_status(&self, status: VmStatus) {
+        let index = STATUSES.iter().position(|s| *s == status).unwrap_or(0);
+        self.status.store(u8::try_from(index).unwrap_or(0), Ordering::Release);
+    }
+
+    /// When it was made.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Counters: unmapped accesses, vCPUs, pauses, reboots.
+    #[must_use]
+    pub fn counters(&self) -> (UnmappedStats, Vec<VcpuStats>, u64, u64) {
+        (
+            self.context.unmapped.stats(),
+            self.vcpus.iter().map(|v| v.stats()).collect(),
+            self.pauses.load(Ordering::Relaxed),
+            self.reboots.load(Ordering::Relaxed),
+        )
+    }
+
+    fn kick(&self) {
+        self.vcpus.iter().for_each(|v| v.kick());
+    }
+
+    /// Stops all vCPUs; caller holds `life`. If they do not stop in time the VM goes on.
+    fn park(&self, deadline: Instant) -> Result<(), MachineError> {
+        self.context.gate.set(Target::Park);
+        self.kick();
+        if self.context.gate.wait_parked(deadline, || self.kick()) {
+            return Ok(());
+        }
+        self.context.gate.set(Target::Run);
+        Err(MachineError::NotStopped)
+    }
+
+    /// Loads kernel and parameters and sets the boot CPU. The machine stands.
+    pub fn load_boot(&self, again: bool) -> Result<(), MachineError> {
+        let source = BootSource {
+            kernel: &self.media.kernel,
+            initrd: self.media.initrd.as_ref(),
+            cmdline: &self.config.cmdline,
+            acpi: &self.acpi.bytes,
+            rsdp: self.acpi.rsdp_address,
+            again,
+        };
+        let boot_cpu = source.load(&self.ram)?;
+        if let Some(first) = self.vcpus.first() {
+            boot_cpu.apply(&first.kvm().fd)?;
+        }
+        Ok(())
+    }
+
+    fn check_alive(&self) -> Result<(), MachineError> {
+        match self.status() {
+            status @ (VmStatus::Stopped | VmStatus::Crashed) => Err(MachineError::Ended(status)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops the guest. Pausing a paused VM is no error.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let _life = lock(&self.life);
+        self.pause_held(Instant::now() + STOP_LIMIT)
+    }
+
+    fn pause_held(&self, deadline: Instant) -> Result<(), MachineError> {
+        self.check_alive()?;
+        if self.status() != VmStatus::Running {
+            return Ok(());
+        }
+        let since = Instant::now();
+        self.park(deadline)?;
+        self.take_input(false);
+        self.set_status(VmStatus::Paused);
+        self.pauses.fetch_add(1, Ordering::Relaxed);
+        self.events.push("paused", json!({ "stop_us": since.elapsed().as_micros() as u64 }));
+        Ok(())
+    }
+
+    /// Lets the guest go on. Resuming a running VM is no error.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let _life = lock(&self.life);
+        self.resume_held()
+    }
+
+    fn resume_held(&self) -> Result<(), MachineError> {
+        self.check_alive()?;
+        if self.status() == VmStatus::Running {
+            return Ok(());
+        }
+        self.vcpus.iter().for_each(|v| v.kvm().notify_stopped());
+        // What was on its way when the guest stopped is in nobody's state: raise it again.
+        lock(&self.devices.serial).raise_pending();
+        lock(&self.devices.power).raise_pending();
+        self.set_status(VmStatus::Running);
+        self.take_input(true);
+        self.context.gate.set(Target::Run);
+        self.events.push("running", serde_json::Value::Null);
+        Ok(())
+    }
+
+    /// Resets the machine: the state of power-on is put back and the kernel loaded again. Guest
+    /// memory keeps its contents, as on hardware. A paused VM stays paused.
+    pub fn reset(&self) -> Result<(), MachineError> {
+        let _life = lock(&self.life);
+        self.check_alive()?;
+        let running = self.status() == VmStatus::Running;
+        self.park(Instant::now() + STOP_LIMIT)?;
+        self.load_power_on_state()?;
+        self.load_boot(true)?;
+        self.reboots.fetch_add(1, Ordering::Relaxed);
+        self.events.push("reboot", serde_json::Value::Null);
+        if running {
+            self.context.gate.set(Target::Run);
+        }
+        Ok(())
+    }
+
+    /// Presses the ACPI power button; tells whether the guest listens.
+    pub fn press_power_button(&self) -> Result<bool, MachineError> {
+        let _life = lock(&self.life);
+        self.check_alive()?;
+        let heard = lock(&self.devices.power).press_power_button();
+        self.events.push("power-button", json!({ "guest_listens": heard }));
+        Ok(heard)
+    }
+
+    /// Takes console input, as much as the serial port has room for; none while the guest stands.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        let takes = lock(&self.takes_input);
+        if *takes {
+            lock(&self.devices.serial).receive(bytes)
+        } else {
+            0
+        }
+    }
+
+    /// Has `callback` called when refused console input would be taken. Once per machine.
+    pub fn on_console_input_wanted(&self, callback: impl Fn() + Clone + Send + Sync + 'static) {
+        lock(&self.devices.serial).on_input_wanted(callback.clone());
+        let _ = self.input_wanted.set(Box::new(callback));
+    }
+
+    fn take_input(&self, take: bool) {
+        *lock(&self.takes_input) = take;
+        if let (true, Some(wanted)) = (take, self.input_wanted.get()) {
+            wanted();
+        }
+    }
+
+    /// Asks the thread that owns the machine to end it at once.
+    pub fn kill(&self) {
+        (self.context.requests)(GuestRequest::Kill);
+    }
+
+    /// Marks the VM as ended and stops its vCPUs for good.
+    pub fn end(&self, status: VmStatus) {
+        let _life = lock(&self.life);
+        self.set_status(status);
+        self.context.gate.set(Target::Exit);
+        self.kick();
+        // A vCPU that is not out yet is kicked again: one that holds on would hold the process.
+        let deadline = Instant::now() + STOP_LIMIT;
+        if self.context.gate.wait_parked(deadline, || self.kick()) {
+            self.vcpus.iter().for_each(|v| v.join());
+        }
+    }
+}
