@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 /// How many events are kept; older ones are dropped and can be seen to be missing by their number.
 pub const EVENTS_KEPT: usize = 1024;
@@ -28,6 +29,8 @@ struct Inner {
     events: VecDeque<Event>,
     next_seq: u64,
     closed: bool,
+    /// Number of the newest event, for followers that must not block a thread.
+    newest: watch::Sender<u64>,
 }
 
 /// Shared log. Cloning it gives another handle to the same log.
@@ -54,13 +57,30 @@ impl EventLog {
             inner.events.pop_front();
         }
         inner.events.push_back(event);
+        let newest = inner.next_seq;
+        inner.newest.send_replace(newest);
         self.inner.1.notify_all();
     }
 
     /// No more events will come: followers end.
     pub fn close(&self) {
-        self.lock().closed = true;
+        let mut inner = self.lock();
+        inner.closed = true;
+        let newest = inner.next_seq;
+        inner.newest.send_replace(newest);
         self.inner.1.notify_all();
+    }
+
+    /// True once no more events will come.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    /// A handle that sees every change: a new event, or the end of the log.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.lock().newest.subscribe()
     }
 
     /// Events with a number above `after`, oldest first.

@@ -1,6 +1,7 @@
 //! A virtual machine monitor for Linux/KVM built around live migration.
 
 pub mod acpi;
+pub mod api;
 pub mod boot;
 pub mod config;
 pub mod console;
