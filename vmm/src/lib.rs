@@ -1,5 +1,6 @@
 //! A virtual machine monitor for Linux/KVM built around live migration.
 
+pub mod acpi;
 pub mod config;
 pub mod control;
 pub mod events;
