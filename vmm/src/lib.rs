@@ -3,4 +3,5 @@
 pub mod acpi;
 pub mod config;
 pub mod control;
+pub mod cpu;
 pub mod events;
