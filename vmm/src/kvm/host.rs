@@ -125,11 +125,26 @@ impl HostKvm {
         Ok(Self { kvm })
     }
 
-    /// The CPUID that KVM can offer a guest here.
-    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
-        self.kvm
+    /// The CPUID that a guest can be offered here.
+    pub fn cpuid(&self) -> Result<CpuId, KvmError> {
+        let supported = self
+            .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(KvmError::ioctl("reading the CPUID that KVM supports"))
+            .map_err(KvmError::ioctl("reading the CPUID that KVM supports"))?;
+        // KVM leaves this one bit to a capability of its own (api.rst, KVM_CAP_TSC_DEADLINE_TIMER).
+        let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
+        crate::cpu::host_cpuid(&supported, tsc_deadline)
+            .map_err(|e| KvmError::Open(io::Error::other(e.to_string())))
+    }
+
+    /// Frequency of the host's TSC as a guest sees it, kHz, and whether KVM can scale it.
+    pub fn tsc(&self) -> (u32, bool) {
+        let khz = self
+            .kvm
+            .create_vm()
+            .and_then(|vm| vm.create_vcpu(0)?.get_tsc_khz())
+            .unwrap_or(0);
+        (khz, self.kvm.check_extension(Cap::TscControl))
     }
 
     /// MSRs that KVM says must be saved.

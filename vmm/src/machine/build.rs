@@ -17,6 +17,7 @@ use crate::console::ConsoleWriter;
 use crate::cpu::CpuSpec;
 use crate::events::EventLog;
 use crate::gate::{Gate, Target};
+use crate::identity::IdentityV1;
 use crate::kvm::{msrs_to_save, HostKvm, VcpuKvm, VmKvm};
 use crate::layout::{self, irq, port};
 use crate::memory::GuestRam;
@@ -37,7 +38,7 @@ pub struct MachineBuilder<'a> {
     pub console: ConsoleWriter,
     /// Where events go.
     pub events: EventLog,
-    /// CPUID for vCPU 0 as it was saved; made from the configuration when absent.
+    /// CPUID of each vCPU as it was saved; made from the configuration when absent.
     pub cpuid: Option<Vec<CpuId>>,
 }
 
@@ -51,10 +52,15 @@ impl MachineBuilder<'_> {
         let ram = GuestRam::new(self.config.memory.size, self.config.memory.hugepages)?;
         let vm = Arc::new(self.host.create_vm(&ram)?);
         let msrs = msrs_to_save(&self.host.msr_index_list()?);
+        let cpuids = self.cpuids()?;
         let mut vcpus = Vec::new();
-        for (id, cpuid) in (0_u8..).zip(self.cpuids()?) {
-            vcpus.push(Arc::new(Vcpu::new(VcpuKvm::new(&vm, id, &cpuid, Arc::clone(&msrs))?)));
+        let mut tsc_khz = 0;
+        for (id, cpuid) in (0_u8..).zip(&cpuids) {
+            let vcpu = VcpuKvm::new(&vm, id, cpuid, Arc::clone(&msrs))?;
+            tsc_khz = vcpu.fd.get_tsc_khz().unwrap_or(0);
+            vcpus.push(Arc::new(Vcpu::new(vcpu)));
         }
+        let cpuid = cpuids.iter().map(|c| c.as_slice().to_vec()).collect();
 
         let (sender, receiver) = mpsc::channel();
         let (requests, context_cell) = request_sink(sender);
@@ -80,6 +86,7 @@ impl MachineBuilder<'_> {
         let memory_layout = super::memory::layout_of(&ram);
         let mut machine = Machine {
             config: self.config,
+            identity: IdentityV1 { cpuid, tsc_khz },
             media: self.media,
             acpi,
             layout: memory_layout,
@@ -111,9 +118,9 @@ impl MachineBuilder<'_> {
         if let Some(saved) = &self.cpuid {
             return Ok(saved.clone());
         }
-        let supported = self.host.supported_cpuid()?;
-        let model = CpuSpec::parse(&self.config.cpu)?;
-        let build = |vcpu| model.build(&supported, vcpu, self.config.cpus);
+        let host = self.host.cpuid()?;
+        let spec = CpuSpec::parse(&self.config.cpu)?;
+        let build = |vcpu| spec.build(&host, vcpu, self.config.cpus);
         Ok((0..self.config.cpus).map(build).collect::<Result<_, _>>()?)
     }
 }

@@ -8,6 +8,7 @@ mod lines;
 mod memory;
 mod sections;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,8 +23,10 @@ use crate::console::ConsoleWriter;
 use crate::control::{UnmappedStats, VcpuStats, VmStatus};
 use crate::events::EventLog;
 use crate::gate::Target;
+use crate::identity::IdentityV1;
 use crate::kvm::{KvmError, VmKvm};
 use crate::memory::{GuestRam, MemoryError};
+use crate::snapshot::SaveError;
 use crate::vcpu::{GuestRequest, Vcpu, VcpuContext};
 
 pub use build::{MachineBuilder, RequestSender};
@@ -54,6 +57,9 @@ pub enum MachineError {
     /// Saved state.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Saving to a file.
+    #[error(transparent)]
+    Save(#[from] Box<SaveError>),
     /// Devices overlap.
     #[error(transparent)]
     Bus(#[from] devices::BusError),
@@ -92,6 +98,7 @@ pub struct BootMedia {
 /// A virtual machine.
 pub struct Machine {
     config: VmConfig,
+    identity: IdentityV1,
     media: BootMedia,
     acpi: crate::acpi::AcpiImage,
     ram: GuestRam,
@@ -127,6 +134,12 @@ impl Machine {
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// What it is, for whoever is to restore it.
+    #[must_use]
+    pub fn identity(&self) -> &IdentityV1 {
+        &self.identity
     }
 
     /// Kernel and initrd.
@@ -271,6 +284,38 @@ impl Machine {
             self.context.gate.set(Target::Run);
         }
         Ok(())
+    }
+
+    /// Saves the machine to `path`. A running VM stands still while its memory is written, and
+    /// goes on before the file is brought to the disk, unless `stay_paused`. Returns what was
+    /// written and how long the guest stood still.
+    pub fn save_to(
+        &self,
+        path: &Path,
+        stay_paused: bool,
+    ) -> Result<(migration::snapshot::SaveSummary, Duration), MachineError> {
+        let _life = lock(&self.life);
+        self.check_alive()?;
+        let was_running = self.status() == VmStatus::Running;
+        let stopped = Instant::now();
+        self.pause_held(stopped + STOP_LIMIT)?;
+        let written = crate::snapshot::write(self, path);
+        let failed = written.is_err();
+        // A VM that was not saved goes on, whatever was to become of it afterwards.
+        if was_running && (failed || !stay_paused) {
+            self.resume_held()?;
+        }
+        let paused = if was_running { stopped.elapsed() } else { Duration::ZERO };
+        let committed = written.and_then(|pending| Ok(pending.commit()?));
+        if committed.is_err() && was_running {
+            self.resume_held()?;
+        }
+        Ok((committed.map_err(Box::new)?, paused))
+    }
+
+    /// Everything is in place: from now on the machine can be resumed.
+    pub fn set_created(&self) {
+        self.set_status(VmStatus::Paused);
     }
 
     /// Presses the ACPI power button; tells whether the guest listens.

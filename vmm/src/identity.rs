@@ -1,0 +1,229 @@
+//! What a machine is, in the form that is saved: compared before it is restored anywhere.
+
+use std::path::PathBuf;
+
+use devices::{Payload, Persist, PersistError};
+use kvm_bindings::{kvm_cpuid_entry2, CpuId};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ConsoleConfig, MemoryConfig, OnReboot, VmConfig};
+use crate::cpu::missing_features;
+use crate::kvm::{HostKvm, KvmError};
+
+/// The part of the platform that a guest depends on, version 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct IdentityV1 {
+    /// CPUID of each vCPU.
+    pub cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+    /// Frequency of the TSC, kHz; 0 where KVM did not tell.
+    pub tsc_khz: u32,
+}
+
+/// The configuration of a VM as it is saved, version 1: a copy, because [`VmConfig`] may grow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigV1 {
+    name: String,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    memory: u64,
+    hugepages: bool,
+    cpus: u8,
+    cpu: String,
+    console: ConsoleV1,
+    restart_on_reboot: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum ConsoleV1 {
+    Stdio,
+    Pty,
+    Socket,
+    File(PathBuf),
+}
+
+/// A TSC whose frequency is off by more than this share is another frequency: what NTP corrects
+/// (500 ppm), halved (KVM's own tolerance, arch/x86/kvm/x86.c `tsc_tolerance_ppm`).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Why a saved machine cannot run here.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// One or more things differ.
+    #[error("this host cannot run the saved machine: {}", .0.join("; "))]
+    Incompatible(Vec<String>),
+    /// The saved identity is malformed or from a newer program.
+    #[error(transparent)]
+    Payload(#[from] PersistError),
+    /// KVM did not answer.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+impl IdentityV1 {
+    /// Checks that this host can run the machine. Every difference is named.
+    pub fn check(&self, host: &HostKvm, config: &VmConfig) -> Result<Vec<CpuId>, IdentityError> {
+        let mut reasons = Vec::new();
+        let mut cpuids = Vec::with_capacity(self.cpuid.len());
+        for entries in &self.cpuid {
+            match CpuId::from_entries(entries) {
+                Ok(cpuid) => cpuids.push(cpuid),
+                Err(_) => reasons.push(format!("its CPUID has {} entries", entries.len())),
+            }
+        }
+        if self.cpuid.len() != usize::from(config.cpus) {
+            let (found, wanted) = (self.cpuid.len(), config.cpus);
+            reasons.push(format!("it has CPUID for {found} vCPUs, its configuration {wanted}"));
+        }
+        if let Some(first) = cpuids.first() {
+            let missing = missing_features(first, &host.cpuid()?);
+            if !missing.is_empty() {
+                reasons.push(format!(
+                    "this CPU lacks {} (start the VM with a --cpu model that all hosts have, such as x86-64-v2)",
+                    missing.join(", ")
+                ));
+            }
+        }
+        let (khz, scaling) = host.tsc();
+        if !scaling && tsc_differs(self.tsc_khz, khz) {
+            let saved = self.tsc_khz;
+            reasons.push(format!(
+                "its TSC runs at {saved} kHz, this host's at {khz} kHz, and KVM cannot scale it here"
+            ));
+        }
+        if reasons.is_empty() {
+            Ok(cpuids)
+        } else {
+            Err(IdentityError::Incompatible(reasons))
+        }
+    }
+}
+
+fn tsc_differs(a: u32, b: u32) -> bool {
+    a != 0 && b != 0 && u64::from(a.abs_diff(b)) * 1_000_000 > u64::from(a) * TSC_TOLERANCE_PPM
+}
+
+impl From<&VmConfig> for ConfigV1 {
+    fn from(config: &VmConfig) -> Self {
+        let config = config.clone();
+        Self {
+            name: config.name,
+            kernel: config.kernel,
+            initrd: config.initrd,
+            cmdline: config.cmdline,
+            memory: config.memory.size,
+            hugepages: config.memory.hugepages,
+            cpus: config.cpus,
+            cpu: config.cpu,
+            console: match config.console {
+                ConsoleConfig::Stdio => ConsoleV1::Stdio,
+                ConsoleConfig::Pty => ConsoleV1::Pty,
+                ConsoleConfig::Socket => ConsoleV1::Socket,
+                ConsoleConfig::File(path) => ConsoleV1::File(path),
+            },
+            restart_on_reboot: config.on_reboot == OnReboot::Restart,
+        }
+    }
+}
+
+impl From<ConfigV1> for VmConfig {
+    fn from(saved: ConfigV1) -> Self {
+        Self {
+            name: saved.name,
+            kernel: saved.kernel,
+            initrd: saved.initrd,
+            cmdline: saved.cmdline,
+            memory: MemoryConfig { size: saved.memory, hugepages: saved.hugepages },
+            cpus: saved.cpus,
+            cpu: saved.cpu,
+            console: match saved.console {
+                ConsoleV1::Stdio => ConsoleConfig::Stdio,
+                ConsoleV1::Pty => ConsoleConfig::Pty,
+                ConsoleV1::Socket => ConsoleConfig::Socket,
+                ConsoleV1::File(path) => ConsoleConfig::File(path),
+            },
+            on_reboot: if saved.restart_on_reboot { OnReboot::Restart } else { OnReboot::Exit },
+        }
+    }
+}
+
+/// Plain data as a payload with kind and version: what [`Persist`] gives a live part, for values
+/// that are their own state.
+macro_rules! plain_payload {
+    ($type:ty, $kind:literal) => {
+        impl Persist for $type {
+            const KIND: &'static str = $kind;
+            const VERSION: u16 = 1;
+            type State = Self;
+            type Error = PersistError;
+
+            fn save(&self) -> Result<Self, PersistError> {
+                Ok(self.clone())
+            }
+
+            fn restore(&mut self, state: &Self) -> Result<(), PersistError> {
+                *self = state.clone();
+                Ok(())
+            }
+        }
+
+        impl $type {
+            /// Decodes what [`Persist::save_payload`] made.
+            pub fn decode(version: u16, data: Vec<u8>) -> Result<Self, PersistError> {
+                Self::decode_payload(&Payload { kind: $kind.to_owned(), instance: 0, version, data })
+            }
+        }
+    };
+}
+
+plain_payload!(IdentityV1, "identity");
+plain_payload!(ConfigV1, "config");
+
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            name: "a".into(),
+            kernel: Some("/k".into()),
+            initrd: None,
+            cmdline: "c".into(),
+            memory: MemoryConfig { size: 64 << 20, hugepages: false },
+            cpus: 2,
+            cpu: "host".into(),
+            console: ConsoleConfig::File("/f".into()),
+            on_reboot: OnReboot::Exit,
+        }
+    }
+
+    #[test]
+    fn configuration_version_1_is_frozen() {
+        let payload = ConfigV1::from(&config()).save_payload(0).unwrap();
+        let golden = [
+            1, b'a', 1, 2, b'/', b'k', 0, 1, b'c', 252, 0, 0, 0, 4, 0, 2, 4, b'h', b'o', b's',
+            b't', 3, 2, b'/', b'f', 0,
+        ];
+        assert_eq!(payload.data, golden);
+        let back = ConfigV1::decode(payload.version, payload.data).unwrap();
+        assert_eq!(VmConfig::from(back), config());
+    }
+
+    #[test]
+    fn a_newer_configuration_is_refused() {
+        let payload = ConfigV1::from(&config()).save_payload(0).unwrap();
+        assert!(matches!(
+            ConfigV1::decode(2, payload.data),
+            Err(PersistError::UnknownVersion { found: 2, .. })
+        ));
+    }
+
+    #[test]
+    fn tsc_frequencies_within_250_ppm_are_one() {
+        assert!(!tsc_differs(2_596_000, 2_596_600));
+        assert!(tsc_differs(2_596_000, 2_597_000));
+        assert!(!tsc_differs(0, 2_597_000));
+    }
+}

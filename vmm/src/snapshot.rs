@@ -1,0 +1,165 @@
+//! Saving a machine to a file and making one from a file.
+//!
+//! The file's format is in docs/PROTOCOL.md; its records are written and read by the `migration`
+//! crate. Here is what they hold for this VMM, and what is checked before memory is provided.
+#![allow(unsafe_code)] // memfd for the images that came with the file
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
+use std::os::fd::FromRawFd;
+use std::path::Path;
+
+use devices::Persist;
+use migration::snapshot::{
+    Blob, BlobSource, PendingSnapshot, SnapshotError, SnapshotReader, SnapshotSource,
+};
+use migration::stream::{BlobKind, Config, Machine as MachineRecord};
+
+use crate::boot::Image;
+use crate::config::VmConfig;
+use crate::identity::{ConfigV1, IdentityError, IdentityV1};
+use crate::kvm::HostKvm;
+use crate::machine::{BootMedia, Machine, StateError};
+
+/// Why a machine was not saved or not restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// File or format.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// This host is not one for that machine.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// State.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// An image out of the file could not be kept.
+    #[error("cannot keep the saved {what} in memory: {error}")]
+    Image {
+        /// `kernel` or `initrd`.
+        what: &'static str,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The file has no kernel.
+    #[error("the saved VM has no kernel: the file was not written by minivmm")]
+    NoKernel,
+    /// The configuration in the file is not one.
+    #[error("the saved configuration is not valid: {0}")]
+    Config(String),
+}
+
+/// Reads an [`Image`] from its start.
+struct ImageReader<'a> {
+    image: &'a Image,
+    at: u64,
+}
+
+impl Read for ImageReader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.image.read_at(self.at, buf)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+/// Writes a machine that stands to a temporary file beside `path`; `commit` gives it its name.
+pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveError> {
+    let identity = machine.identity().save_payload(0).map_err(IdentityError::from)?;
+    let config =
+        ConfigV1::from(machine.config()).save_payload(0).map_err(IdentityError::from)?;
+    let media = machine.media();
+    let mut kernel = ImageReader { image: &media.kernel, at: 0 };
+    let mut initrd = media.initrd.as_ref().map(|image| ImageReader { image, at: 0 });
+    let mut blobs = vec![BlobSource {
+        kind: BlobKind::Kernel,
+        length: media.kernel.len(),
+        reader: &mut kernel,
+    }];
+    if let Some(reader) = &mut initrd {
+        blobs.push(BlobSource { kind: BlobKind::Initrd, length: reader.image.len(), reader });
+    }
+    let source = SnapshotSource {
+        machine: MachineRecord {
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
+            identity_version: identity.version,
+            identity: identity.data,
+        },
+        config: Config { version: config.version, data: config.data },
+        blobs,
+        memory: machine,
+        state: machine,
+    };
+    Ok(PendingSnapshot::write(path, source, &mut |_| ControlFlow::Continue(()))?)
+}
+
+/// A saved machine, checked, whose memory is still in the file.
+pub struct Saved {
+    /// Its configuration; backends (console, name) may be replaced.
+    pub config: VmConfig,
+    /// Kernel and initrd for reboots.
+    pub media: BootMedia,
+    /// CPUID of its vCPUs.
+    pub cpuid: Vec<kvm_bindings::CpuId>,
+    reader: SnapshotReader,
+}
+
+/// Opens `path` and checks that this host can run what is in it.
+pub fn open(path: &Path, host: &HostKvm) -> Result<Saved, SaveError> {
+    let (header, reader) = SnapshotReader::open(path)?;
+    let config = ConfigV1::decode(header.config.version, header.config.data)
+        .map_err(IdentityError::from)?;
+    let config = VmConfig::from(config);
+    config
+        .validate(crate::config::HostLimits::detect())
+        .map_err(|e| SaveError::Config(e.to_string()))?;
+    let identity = IdentityV1::decode(header.machine.identity_version, header.machine.identity)
+        .map_err(IdentityError::from)?;
+    let cpuid = identity.check(host, &config)?;
+    let mut kernel = None;
+    let mut initrd = None;
+    for Blob { kind, data } in header.blobs {
+        let (what, slot) = match kind {
+            BlobKind::Kernel => ("kernel", &mut kernel),
+            BlobKind::Initrd => ("initrd", &mut initrd),
+        };
+        *slot = Some(keep(what, &data).map_err(|error| SaveError::Image { what, error })?);
+    }
+    let media = BootMedia { kernel: kernel.ok_or(SaveError::NoKernel)?, initrd };
+    Ok(Saved { config, media, cpuid, reader })
+}
+
+impl Saved {
+    /// What is needed to make the machine, and what loads it afterwards.
+    #[must_use]
+    pub fn split(self) -> (VmConfig, BootMedia, Vec<kvm_bindings::CpuId>, Loader) {
+        (self.config, self.media, self.cpuid, Loader { reader: self.reader })
+    }
+}
+
+/// Loads memory and state into a machine.
+pub struct Loader {
+    reader: SnapshotReader,
+}
+
+impl Loader {
+    /// Fills a fresh machine. On error it must not be run.
+    pub fn load(self, machine: &Machine) -> Result<(), SaveError> {
+        let sections = self.reader.load_memory(machine)?.sections()?;
+        Ok(machine.load_sections(&sections)?)
+    }
+}
+
+/// An image as an anonymous file, so that it is paged like one.
+fn keep(what: &'static str, data: &[u8]) -> io::Result<Image> {
+    // SAFETY: the name is a C string; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"minivmm-image".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is fresh and ours alone.
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    file.write_all(data)?;
+    Image::from_file(&format!("(saved {what})"), file)
+}
