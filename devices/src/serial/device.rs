@@ -286,6 +286,7 @@ mod tests {
         });
         port.serial.write(MCR, &[MCR_LOOP]);
         assert_eq!(port.serial.receive(b"x"), 0);
+        port.read(LSR);
         assert_eq!(calls.load(Ordering::SeqCst), 0);
         port.serial.write(MCR, &[0]);
         assert_eq!(calls.load(Ordering::SeqCst), 1);

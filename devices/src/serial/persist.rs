@@ -108,6 +108,8 @@ mod tests {
         port.serial.restore_payload(&saved).unwrap();
         assert_eq!(port.serial.save_payload(0).unwrap(), saved);
         assert_eq!(port.line.take(), 0, "restoring raises nothing");
+        port.serial.write(7, &[0x5A]);
+        assert_eq!(port.line.take(), 0, "nor does the next access");
         port.serial.raise_pending();
         assert_eq!(port.line.take(), 1);
         assert_eq!((port.read(7), port.read(IER)), (0x5A, 3));

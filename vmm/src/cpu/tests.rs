@@ -165,7 +165,7 @@ fn host_is_what_kvm_supports_without_what_is_not_carried() {
     let amd = host(AMD);
     let guest = build("host", &amd, 0, 1);
     let lost: Vec<_> = features(&amd).into_iter().filter(|name| !has(&guest, name)).collect();
-    assert_eq!(lost, ["cmp_legacy", "ht", "ospke", "perfctr_core", "svm"]);
+    assert_eq!(lost, ["cmp_legacy", "ht", "ospke", "osxsave", "perfctr_core", "svm"]);
     for function in [0x8000_000A, 0x8000_001F, 0x8000_0022] {
         assert_eq!(leaf(&guest, function, 0), [0; 4], "{function:#x}");
     }
@@ -250,16 +250,22 @@ fn the_topology_is_one_socket_of_cores() {
             assert_eq!(leaf(&intel, 4, 3)[0], last << 26 | last << 14 | 0x163);
             let expected = if spec == "host" { leaf(&intel, 0xB, 1) } else { [0; 4] };
             assert_eq!(leaf(&intel, 0x1F, 1), expected);
+            assert_eq!(leaf(&intel, 0x1F, 3), [0; 4], "no level of dies");
             assert_eq!(leaf(&intel, 0x8000_0008, 0)[2], 0);
 
             assert_eq!(leaf(&amd, 0x8000_0008, 0)[2], core_bits << 12 | (count - 1));
             assert_eq!(has(&amd, "cmp_legacy"), vcpus > 1);
+            assert_eq!(leaf(&amd, 0x8000_0026, 0), [0; 4]);
         }
         let amd = build("host", &host(AMD), vcpus - 1, vcpus);
         assert_eq!(leaf(&amd, 0x8000_001E, 0), [id, id, 0, 0]);
         assert_eq!(leaf(&amd, 0x8000_001D, 0)[0], 0x121);
         assert_eq!(leaf(&amd, 0x8000_001D, 3)[0], (count - 1) << 14 | 0x163);
     }
+    let amd = build("x86-64-v3,+topoext", &host(AMD), 1, 2);
+    assert_eq!(leaf(&amd, 0x8000_001D, 3)[0], 1 << 14 | 0x163);
+    assert_eq!(leaf(&amd, 0x8000_001E, 0), [1, 1, 0, 0]);
+    assert_eq!(leaf(&amd, 0x8000_0000, 0)[0], 0x8000_001E);
     for (vcpu, vcpus) in [(0, 0), (1, 1), (64, 64), (0, 65)] {
         let result = CpuSpec::parse("host").unwrap().build(&host(AMD), vcpu, vcpus);
         assert_eq!(result, Err(CpuError::VcpuNumber { vcpu, vcpus }));
@@ -351,6 +357,17 @@ fn every_guest_fits_where_it_was_made() {
             assert_eq!(missing_features(&guest, &host), Vec::<String>::new());
         }
     }
+}
+
+#[test]
+fn a_bit_that_announces_a_lack_is_not_missed() {
+    let wanted = build("host", &host(INTEL), 0, 1);
+    assert!(has(&wanted, "zero_fcs_fds"));
+    let mut rows = INTEL.to_vec();
+    for row in rows.iter_mut().filter(|row| (row.0, row.1) == (7, 0)) {
+        row.4 &= !(1 << 13);
+    }
+    assert_eq!(missing_features(&wanted, &host(&rows)), Vec::<String>::new());
 }
 
 #[test]
