@@ -6,14 +6,18 @@
 //! - [`address`], [`layout`], [`page_set`]: guest pages, which ones exist, and sets of them.
 //! - [`vm`]: the traits that a VM implements.
 //! - [`stream`]: the records that carry a VM, in a file or over a connection.
+//! - [`snapshot`]: a VM in a file.
+//! - [`volatile_io`]: guest memory to and from sockets, without a copy.
 
 pub mod address;
 pub mod layout;
 pub mod page_set;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod simulated;
+pub mod snapshot;
 pub mod stream;
 pub mod vm;
+pub mod volatile_io;
 
 pub use address::{ClaimedRange, Gfn, Gpa, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
 pub use layout::{LayoutError, MemoryLayout};

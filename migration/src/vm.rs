@@ -8,7 +8,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
 use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES};
@@ -128,7 +127,7 @@ pub trait VmControl: Send + Sync {
 }
 
 /// The state of one part of the machine, opaque to this crate.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Section {
     /// Which kind of part: `vcpu`, `serial`, `pit`, ...
     pub kind: String,
@@ -137,7 +136,6 @@ pub struct Section {
     /// Version of the encoding.
     pub version: u16,
     /// The encoded state.
-    #[serde(with = "crate::stream::bytes_field")]
     pub data: Vec<u8>,
 }
 
