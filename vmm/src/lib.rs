@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod config;
+pub mod console;
 pub mod control;
 pub mod events;
 pub mod runtime_dir;
