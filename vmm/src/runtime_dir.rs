@@ -21,6 +21,7 @@ use rustix::fs::{flock, FlockOperation};
 use rustix::io::Errno;
 
 use crate::config::{parse_name, ConfigError};
+use crate::console::ConsolePaths;
 
 /// Environment variable that names the directory, before all else.
 pub const RUNTIME_DIR_VARIABLE: &str = "MINIVMM_RUNTIME_DIR";
@@ -317,16 +318,13 @@ impl ClaimedName {
         self.dir.file(&self.name, ".sock")
     }
 
-    /// Path of the console's socket, for `--console socket`.
+    /// Where the console may put its socket or link.
     #[must_use]
-    pub fn console_path(&self) -> PathBuf {
-        self.dir.file(&self.name, ".console")
-    }
-
-    /// Path of the link to the console's terminal, for `--console pty`.
-    #[must_use]
-    pub fn pty_path(&self) -> PathBuf {
-        self.dir.file(&self.name, ".pty")
+    pub fn console_paths(&self) -> ConsolePaths {
+        ConsolePaths {
+            socket: self.dir.file(&self.name, ".console"),
+            pty_link: self.dir.file(&self.name, ".pty"),
+        }
     }
 
     /// Opens the control socket, for this user only.
