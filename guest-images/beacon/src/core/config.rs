@@ -4,6 +4,8 @@ use crate::pages::PAGE_SIZE;
 
 /// Most vCPUs that beacon uses.
 pub const MAX_CPUS: u32 = 64;
+/// Most samples of `mode=exits`: they are kept on the stack.
+pub const MAX_SAMPLES: usize = 2000;
 /// Bad options remembered for the console.
 const MAX_BAD: usize = 4;
 /// Bytes kept of a bad option.
@@ -217,7 +219,7 @@ impl Config {
                 }
             }
             b"mmio" => self.mmio = in_range(value, 0, u64::from(u32::MAX) & !7)?,
-            b"samples" => self.samples = in_range(value, 1, 100_000)?,
+            b"samples" => self.samples = in_range(value, 1, MAX_SAMPLES as u64)?,
             b"then" => self.then_poweroff = (value == b"poweroff").then_some(true)?,
             b"pace" => self.pace_us = in_range(value, 0, 1_000_000)?,
             b"fpu" => {
