@@ -42,7 +42,7 @@ use crate::world::{Control, Shared, World};
 /// left, and the TSC at entry.
 #[no_mangle]
 extern "C" fn beacon_main(protocol: u32, info: u64, tsc_entry: u64) -> ! {
-    ring0::load_tss(0);
+    ring0::fill_tss(0);
     ring0::fill_idt();
     console::init();
     let protocol = if protocol == 0 { Protocol::Pvh } else { Protocol::Linux };

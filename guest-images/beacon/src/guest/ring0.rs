@@ -18,7 +18,9 @@ pub const TIMER_VECTOR: u32 = 0x40;
 /// Vector of the LAPIC's spurious interrupt.
 pub const SPURIOUS_VECTOR: u32 = 0xFF;
 
-const CODE0: u64 = 0x08;
+/// Selectors of `ring0.s`.
+const CODE0: u64 = 0x10;
+const FIRST_TSS: u64 = 0x30;
 /// Where the ring-0 stack ends and the ring-3 stack begins: exceptions are written out on the former.
 const RING0_STACK: u64 = 0x8000;
 /// Bytes of an I/O permission bitmap for all ports, and the byte that must follow it.
@@ -42,6 +44,7 @@ pub struct Area {
 const _: () = assert!(offset_of!(Area, ticks) == 8);
 const _: () = assert!(offset_of!(Area, timer_period) == 16);
 const _: () = assert!(offset_of!(Area, x2apic) == 24);
+const _: () = assert!(offset_of!(Area, tss) == 32);
 // What is left is the ring-0 stack.
 const _: () = assert!(size_of::<Area>() + 16384 <= RING0_STACK as usize);
 
@@ -71,10 +74,12 @@ extern "C" {
     static ap_trampoline: u8;
     static ap_trampoline_end: u8;
     static ap_stack: AtomicU64;
+    static ap_selector: AtomicU64;
     static ap_argument: AtomicU64;
     static __image_end: u8;
     fn timer_interrupt();
     fn spurious_interrupt();
+    fn invalid_opcode();
 }
 
 /// One past the last byte of the image, bss included.
@@ -100,6 +105,7 @@ pub fn fill_idt() {
         set_gate(vector, unsafe { (&raw const exception_stubs).cast::<u8>().add(vector * 16) }
             as u64);
     }
+    set_gate(6, invalid_opcode as *const () as u64);
     set_gate(TIMER_VECTOR as usize, timer_interrupt as *const () as u64);
     set_gate(SPURIOUS_VECTOR as usize, spurious_interrupt as *const () as u64);
 }
@@ -114,23 +120,14 @@ fn set_gate(vector: usize, handler: u64) {
     IDT[vector].0[1].store(handler >> 32, Relaxed);
 }
 
-/// Gives this vCPU its index, its TSS, and with that interrupts and ports. `cpu` < [`MAX_CPUS`].
-pub fn load_tss(cpu: u32) {
-    const AVAILABLE_TSS: u64 = 0x89;
+/// Fills in this vCPU's TSS, with which ring 3 may use ports and the gate. `cpu` < [`MAX_CPUS`].
+pub fn fill_tss(cpu: u32) {
     let area = area();
     area.cpu.store(u64::from(cpu), Relaxed);
-    let base = &raw const area.tss as u64;
     let stack = &raw const *area as u64 + RING0_STACK;
     area.tss.rsp0[0].store(stack as u32, Relaxed);
     area.tss.rsp0[1].store((stack >> 32) as u32, Relaxed);
     area.tss.io_bitmap_base.store(offset_of!(Tss, _io_bitmap) as u16, Relaxed);
-    let limit = offset_of!(Tss, _io_bitmap) as u64 + IO_BITMAP as u64 - 1;
-    let low = limit | (base & 0xFF_FFFF) << 16 | AVAILABLE_TSS << 40 | (base & 0xFF00_0000) << 32;
-    // SAFETY: the table is part of the image and made of atomics.
-    let descriptors = unsafe { &gdt_tss };
-    descriptors[2 * cpu as usize].store(low, Relaxed);
-    descriptors[2 * cpu as usize + 1].store(base >> 32, Relaxed);
-    syscall(2, 0x30 + 16 * u64::from(cpu), 0, 0);
 }
 
 /// The entries of the page table level that maps 1 GiB each.
@@ -146,62 +143,68 @@ pub fn trampoline() -> &'static [u8] {
     unsafe { core::slice::from_raw_parts(start, end as usize - start as usize) }
 }
 
-/// Tells the next application processor where its stack ends and what to hand to `beacon_ap`.
-pub fn set_ap(stack: u64, argument: u64) {
-    // SAFETY: both are part of the image and atomics.
-    unsafe {
-        ap_stack.store(stack, Relaxed);
-        ap_argument.store(argument, Relaxed);
-    }
+/// Prepares the next application processor: its index, its zeroed area, and what to hand to
+/// `beacon_ap`. `cpu` < [`MAX_CPUS`].
+pub fn set_ap(cpu: u32, area: u64, argument: u64) {
+    const AVAILABLE_TSS: u64 = 0x89;
+    let base = area + offset_of!(Area, tss) as u64;
+    let limit = offset_of!(Tss, _io_bitmap) as u64 + IO_BITMAP as u64 - 1;
+    let low = limit | (base & 0xFF_FFFF) << 16 | AVAILABLE_TSS << 40 | (base & 0xFF00_0000) << 32;
+    // SAFETY: all of them are part of the image and atomics.
+    let (descriptors, stack, selector, handed) =
+        unsafe { (&gdt_tss, &ap_stack, &ap_selector, &ap_argument) };
+    descriptors[2 * cpu as usize].store(low, Relaxed);
+    descriptors[2 * cpu as usize + 1].store(base >> 32, Relaxed);
+    stack.store(area + AREA_SIZE, Relaxed);
+    selector.store(FIRST_TSS + 16 * u64::from(cpu), Relaxed);
+    handed.store(argument, Relaxed);
 }
 
 /// Reads a model-specific register; one that does not exist ends in an `exception` event.
 pub fn rdmsr(register: u32) -> u64 {
-    syscall(0, u64::from(register), 0, 0)
+    gate(0, u64::from(register), 0, 0)
 }
 
 /// Writes a model-specific register.
 pub fn wrmsr(register: u32, value: u64) {
-    syscall(1, u64::from(register), value & 0xFFFF_FFFF, value >> 32);
-}
-
-/// Lets interrupts in.
-pub fn enable_interrupts() {
-    syscall(3, 0, 0, 0);
+    gate(1, u64::from(register), value & 0xFFFF_FFFF, value >> 32);
 }
 
 /// Allows XSAVE's instructions and sets XCR0.
 pub fn set_xcr0(value: u64) {
-    syscall(4, 0, value & 0xFFFF_FFFF, value >> 32);
+    gate(2, 0, value & 0xFFFF_FFFF, value >> 32);
+}
+
+/// Lets interrupts in.
+pub fn enable_interrupts() {
+    gate(3, 0, 0, 0);
 }
 
 /// Faults without an interrupt table.
 pub fn triple_fault() -> ! {
-    syscall(5, 0, 0, 0);
+    gate(4, 0, 0, 0);
     hang()
 }
 
 /// Stops this vCPU: interrupts off, HLT.
 pub fn hang() -> ! {
     loop {
-        syscall(6, 0, 0, 0);
+        gate(5, 0, 0, 0);
     }
 }
 
-fn syscall(which: u32, a: u64, b: u64, c: u64) -> u64 {
+fn gate(which: u64, a: u64, b: u64, c: u64) -> u64 {
     let (low, high): (u64, u64);
-    // SAFETY: the handlers in ring0.s touch only these registers and the stack below rsp, which
-    // the compiler does not use since the block is not marked `nostack`.
+    // SAFETY: the handlers in ring0.s touch these registers only. `call` writes below rsp, which
+    // the compiler does not use there since the block is not marked `nostack`.
     unsafe {
         asm!(
-            "mov r10, rsp",
-            "and r10, -16",
-            "syscall",
-            inlateout("rax") u64::from(which) => low,
+            "call ring0_gate",
+            inlateout("rax") which => low,
             inlateout("rdx") c => high,
             in("rdi") a,
             in("rsi") b,
-            out("rcx") _, out("r9") _, out("r10") _, out("r11") _,
+            out("rcx") _,
         );
     }
     high << 32 | low & 0xFFFF_FFFF

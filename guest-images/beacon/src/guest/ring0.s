@@ -13,16 +13,16 @@
 .set AREA_PERIOD,    16
 .set AREA_X2APIC,    24
 
-.set CODE0,  0x08
-.set DATA0,  0x10
+.set CODE32, 0x08
+.set CODE0,  0x10
 .set DATA3,  0x1b
 .set CODE3,  0x23
-.set CODE32, 0x28
+.set FIRST_TSS, 0x30
+
+.set AREA_TSS,  32
+.set TSS_LIMIT, 104 + 8192           # with an I/O bitmap for all ports
 
 .set MSR_EFER,  0xc0000080
-.set MSR_STAR,  0xc0000081
-.set MSR_LSTAR, 0xc0000082
-.set MSR_FMASK, 0xc0000084
 .set MSR_X2APIC_EOI,   0x80b
 .set MSR_TSC_DEADLINE, 0x6e0
 
@@ -55,7 +55,7 @@ pvh_entry32:
     mov cr3, eax
     mov ecx, MSR_EFER
     rdmsr
-    or eax, 0x101                    # LME SCE
+    or eax, 0x100                    # LME
     wrmsr
     mov eax, CR0_LONG
     mov cr0, eax
@@ -78,10 +78,6 @@ linux_entry64:
     mov cr4, rax
     mov eax, offset page_map
     mov cr3, rax
-    mov ecx, MSR_EFER
-    rdmsr
-    or eax, 1                        # SCE
-    wrmsr
     mov eax, CR0_LONG
     mov cr0, rax
 
@@ -90,29 +86,34 @@ bsp_64:
     mov eax, edi
     shl rbp, 32
     or rbp, rax
+    # The TSS descriptor, whose fields lie scattered; the other vCPUs' are filled in by Rust.
+    mov eax, offset __bsp_area + AREA_TSS
+    mov edx, eax
+    shl eax, 16
+    or eax, TSS_LIMIT
+    mov [gdt_tss], eax
+    mov eax, edx
+    shr eax, 16
+    and eax, 0xff
+    and edx, 0xff000000
+    or eax, edx
+    or eax, 0x8900                   # present, 64-bit TSS
+    mov [gdt_tss + 4], eax
     mov esp, offset __bsp_area + AREA_SIZE
     mov r12, offset bsp_ring3
+    mov r13d, FIRST_TSS
     # falls through
 
-# Ends a vCPU's set-up and goes to ring 3: rsp = ring-3 stack, r12 = where to.
+# Ends a vCPU's set-up and goes to ring 3: rsp = ring-3 stack, r12 = where to, r13 = TSS selector.
 enter_ring3:
     lidt [idt_pointer]
+    ltr r13w
     mov eax, DATA3
     mov ds, eax
     mov es, eax
     xor eax, eax
     mov fs, eax
     mov gs, eax
-    mov ecx, MSR_STAR
-    mov edx, (DATA0 << 16) | CODE0   # sysret is not used; its half is what it would be
-    wrmsr
-    mov ecx, MSR_LSTAR
-    mov eax, offset syscall_entry
-    xor edx, edx
-    wrmsr
-    mov ecx, MSR_FMASK
-    mov eax, 0x700                   # DF IF TF
-    wrmsr
     mov rax, rsp
     sub rsp, 256                     # below what ring 3 starts with
     push DATA3
@@ -168,7 +169,7 @@ ap_32:
     mov eax, offset page_map
     mov cr3, eax
     mov ecx, MSR_EFER
-    mov eax, 0x101                   # LME SCE; INIT left it 0
+    mov eax, 0x100                   # LME; INIT left the rest 0
     xor edx, edx
     wrmsr
     mov eax, CR0_LONG
@@ -180,20 +181,29 @@ ap_32:
 .code64
 ap_64:
     mov rsp, [ap_stack]
+    mov r13, [ap_selector]
     mov r12, offset ap_ring3
     jmp enter_ring3
 
-# ---- system calls ---------------------------------------------------------------------------
-# eax = which, rdi, rsi, rdx = arguments, r10 = a stack; result in edx:eax. rcx, r9, r11 are lost.
-# The way back is iretq, since sysret does not work on every KVM.
-syscall_entry:
-    mov r9, rsp
-    mov rsp, r10
-    push DATA3
-    push r9
-    push r11
-    push CODE3
-    push rcx
+# ---- the gate into ring 0 -------------------------------------------------------------------
+# Called from ring 3: eax = which, edi, esi, edx = arguments; result in edx:eax; ecx is lost.
+#
+# An invalid instruction at a known place, not `syscall`: the exception does the same on every
+# KVM, while on one that runs ring 3 natively and emulates ring 0 a `syscall` was seen to
+# arrive at LSTAR still in ring 3.
+.globl ring0_gate
+ring0_gate:
+    ud2
+    ret
+
+.globl invalid_opcode
+invalid_opcode:
+    cmp qword ptr [rsp], offset ring0_gate
+    je 1f
+    push 0
+    push 6
+    jmp exception_common
+1:  add qword ptr [rsp], 2
     cmp eax, 1
     jb 10f
     je 11f
@@ -202,10 +212,8 @@ syscall_entry:
     je 13f
     cmp eax, 5
     jb 14f
-    je 15f
-16: cli                              # 6: stop this vCPU for good
-    hlt
-    jmp 16b
+15: hlt                              # 5: stop this vCPU for good; interrupts are off
+    jmp 15b
 10: mov ecx, edi                     # 0: read MSR edi
     rdmsr
     iretq
@@ -213,18 +221,16 @@ syscall_entry:
     mov eax, esi
     wrmsr
     iretq
-12: ltr di                           # 2: load the task register
-    iretq
-13: or dword ptr [rsp + 16], 0x200   # 3: return with interrupts on
-    iretq
-14: mov rax, cr4                     # 4: allow XSAVE and write edx:esi to XCR0
+12: mov rax, cr4                     # 2: allow XSAVE and write edx:esi to XCR0
     or eax, 0x40000
     mov cr4, rax
     mov eax, esi
     xor ecx, ecx
     xsetbv
     iretq
-15: lidt [null_pointer]              # 5: triple fault
+13: or dword ptr [rsp + 16], 0x200   # 3: return with interrupts on
+    iretq
+14: lidt [null_pointer]              # 4: triple fault
     ud2
 
 # ---- interrupts -----------------------------------------------------------------------------
@@ -324,11 +330,11 @@ page_directories:
 .globl gdt, gdt_tss
 gdt:
     .quad 0
+    .quad 0x00cf9b000000ffff         # CODE32
     .quad 0x00af9b000000ffff         # CODE0
-    .quad 0x00cf93000000ffff         # DATA0
     .quad 0x00cff3000000ffff         # DATA3
     .quad 0x00affb000000ffff         # CODE3
-    .quad 0x00cf9b000000ffff         # CODE32
+    .quad 0
 gdt_tss:
     .fill 64 * 2, 8, 0               # one TSS descriptor per vCPU
 gdt_end:
@@ -346,6 +352,7 @@ null_pointer:
     .word 0
     .quad 0
 .balign 8
-.globl ap_stack, ap_argument
+.globl ap_stack, ap_selector, ap_argument
 ap_stack:    .quad 0
+ap_selector: .quad 0
 ap_argument: .quad 0

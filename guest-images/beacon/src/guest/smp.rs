@@ -46,7 +46,7 @@ pub fn start(world: &'static World, ids: &[u32], areas: u64) -> Result<(), u32> 
         // SAFETY: `reserve_areas` took this memory for nothing but this.
         unsafe { core::ptr::write_bytes(area as *mut u8, 0, AREA_SIZE as usize / 2) };
         let start = Start { world, cpu };
-        ring0::set_ap(area + AREA_SIZE, &raw const start as u64);
+        ring0::set_ap(cpu, area, &raw const start as u64);
         if !start_one(world, id, cpu) {
             return Err(id);
         }
@@ -76,7 +76,7 @@ fn start_one(world: &World, id: u32, cpu: u32) -> bool {
 #[no_mangle]
 extern "C" fn beacon_ap(start: &Start) -> ! {
     let (world, cpu) = (start.world, start.cpu);
-    ring0::load_tss(cpu);
+    ring0::fill_tss(cpu);
     apic::init();
     world.shared[cpu as usize].clock.register();
     apic::start_timer(world.scale);
