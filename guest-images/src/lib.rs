@@ -1,1 +1,7 @@
 //! Guest images.
+//!
+//! [`BEACON`] is the freestanding guest of the demos, tests and benchmarks; `beacon/README.md` says
+//! what it does and prints.
+
+/// The guest `beacon`: a static ELF executable with a PVH note and a 64-bit Linux entry.
+pub static BEACON: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/beacon.elf"));
