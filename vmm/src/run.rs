@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::api;
 use crate::boot::{BootError, Image};
 use crate::config::{OnReboot, ProcessSettings, RestoreSettings, RunSettings, VmConfig};
-use crate::console::{Console, ConsoleError, ConsoleHandle, ConsoleInput, ConsolePaths};
+use crate::console::{Console, ConsoleError, ConsoleHandle, ConsoleInput};
 use crate::control::{Control, ControlError, SaveReport, VmInfo, VmStats, VmStatus};
 use crate::events::EventLog;
 use crate::kvm::{HostKvm, KvmError};
@@ -103,8 +103,7 @@ fn run_machine(
     saved: Option<SavedParts>,
 ) -> Result<RunEnd, RunError> {
     let events = EventLog::default();
-    let paths = ConsolePaths { socket: name.console_path(), pty_link: name.pty_path() };
-    let (console, writer) = Console::open(&config.console, &paths)?;
+    let (console, writer) = Console::open(&config.console, &name.console_paths())?;
     let on_reboot = config.on_reboot;
     let restored = saved.is_some();
     let (cpuid, loader) = saved.map_or((None, None), |(c, l)| (Some(c), Some(l)));
