@@ -25,7 +25,7 @@ pub struct RecordReader<R> {
     bytes: u64,
     /// Over all complete records.
     digest: Digest,
-    payload: Vec<u8>,
+    pub(super) payload: Vec<u8>,
 }
 
 /// One record: its type, its checked payload, and where it is, for messages.

@@ -176,3 +176,52 @@ proptest! {
         prop_assert_eq!(&header.blobs[0].data, &kernel);
     }
 }
+
+/// A machine whose state cannot be taken without a store to guest memory, as with kvmclock.
+struct StoresWhenSaved<'a>(&'a SimulatedVm);
+
+impl VmState for StoresWhenSaved<'_> {
+    fn save_sections(&self) -> Result<Vec<Section>, crate::VmError> {
+        self.0.guest_write(Gfn(7), b"stored by taking the state")?;
+        self.0.save_sections()
+    }
+
+    fn load_sections(&self, sections: &[Section]) -> Result<(), crate::VmError> {
+        self.0.load_sections(sections)
+    }
+}
+
+#[test]
+fn what_taking_the_state_stores_is_in_the_snapshot() {
+    let vm = small_vm();
+    let state = StoresWhenSaved(&vm);
+    let source = SnapshotSource { state: &state, ..source(&vm, Vec::new()) };
+    let mut bytes = Vec::new();
+    write_snapshot(&mut bytes, source, &mut |_| ControlFlow::Continue(())).unwrap();
+    let destination = empty_vm();
+    restore_into(&bytes, &destination).unwrap();
+    assert_same_memory(&vm, &destination);
+}
+
+#[test]
+fn states_that_a_reader_would_refuse_are_not_written() {
+    let vm = small_vm();
+    let section = |instance, bytes| Section {
+        kind: "part".into(),
+        instance,
+        version: 1,
+        data: vec![0; bytes],
+    };
+    for sections in [
+        vec![section(0, 1), section(0, 1)],
+        vec![section(0, 17 << 20)],
+        (0..4097).map(|instance| section(instance, 0)).collect(),
+        (0..20).map(|instance| section(instance, 14 << 20)).collect(),
+    ] {
+        vm.set_sections(sections);
+        let mut go_on = |_| ControlFlow::Continue(());
+        write_snapshot(&mut Vec::new(), source(&vm, Vec::new()), &mut go_on).unwrap_err();
+    }
+    vm.set_sections((0..4096).map(|instance| section(instance, 3)).collect());
+    assert_eq!(restore(&save(&vm)).unwrap().1.len(), 4096);
+}
