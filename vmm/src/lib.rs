@@ -1,6 +1,7 @@
 //! A virtual machine monitor for Linux/KVM built around live migration.
 
 pub mod api;
+pub mod cli;
 pub mod config;
 pub mod console;
 pub mod control;

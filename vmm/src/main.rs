@@ -1,2 +1,11 @@
 //! The command line.
-fn main() {}
+
+use std::process::ExitCode;
+
+use vmm::cli::{main_with, CliError, Exit};
+
+fn main() -> ExitCode {
+    main_with(|_launch| {
+        Err(CliError::text(Exit::Failed, "this build has no machine: run and restore do nothing"))
+    })
+}
