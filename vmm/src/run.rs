@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::api;
 use crate::boot::{BootError, Image};
+use crate::cli::{on_termination, CliError, Exit};
 use crate::config::{OnReboot, ProcessSettings, RestoreSettings, RunSettings, VmConfig};
 use crate::console::{Console, ConsoleError, ConsoleHandle, ConsoleInput};
 use crate::control::{Control, ControlError, SaveReport, VmInfo, VmStats, VmStatus};
@@ -61,6 +62,28 @@ pub enum RunError {
     /// Signals.
     #[error("cannot wait for signals: {0}")]
     Signals(std::io::Error),
+}
+
+impl From<RunEnd> for Exit {
+    fn from(end: RunEnd) -> Self {
+        match end {
+            RunEnd::PoweredOff | RunEnd::Killed => Self::Ok,
+            RunEnd::Crashed => Self::GuestCrashed,
+        }
+    }
+}
+
+impl From<RunError> for CliError {
+    fn from(error: RunError) -> Self {
+        let exit = match error {
+            RunError::RuntimeDir(error) => return error.into(),
+            // What was asked for cannot be: another command line may do.
+            RunError::Boot(_)
+            | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => Exit::Usage,
+            _ => Exit::Failed,
+        };
+        Self::new(exit, error)
+    }
 }
 
 /// Boots a VM and stays until it has ended.
@@ -126,7 +149,8 @@ fn run_machine(
         wire_console(&console, &machine);
         let api = api::serve(name.listen()?, Arc::clone(&handle) as _).map_err(RunError::Api)?;
         let _pidfile = process.pidfile.as_deref().map(Pidfile::create).transpose()?;
-        end_on_signals(&machine)?;
+        let ending = Arc::clone(&machine);
+        on_termination(move |_| ending.kill()).map_err(RunError::Signals)?;
         if !process.paused {
             machine.resume()?;
         }
@@ -151,42 +175,6 @@ fn wire_console(console: &Console, machine: &Arc<Machine>) {
     console.connect(Arc::new(Input(Arc::clone(machine))), move || quit.kill());
     let wake = console.handle();
     machine.on_console_input_wanted(move || wake.input_ready());
-}
-
-/// Ends the VM on SIGINT, SIGTERM and SIGHUP, on a thread of its own.
-fn end_on_signals(machine: &Arc<Machine>) -> Result<(), RunError> {
-    use tokio::signal::unix::{signal, SignalKind};
-    let machine = Arc::clone(machine);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(RunError::Signals)?;
-    let streams = {
-        let _guard = runtime.enter();
-        [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal)
-    };
-    let [interrupt, terminate, hangup] = streams;
-    let (mut interrupt, mut terminate, mut hangup) = (
-        interrupt.map_err(RunError::Signals)?,
-        terminate.map_err(RunError::Signals)?,
-        hangup.map_err(RunError::Signals)?,
-    );
-    let wait = move || {
-        let name = runtime.block_on(async {
-            tokio::select! {
-                _ = interrupt.recv() => "SIGINT",
-                _ = terminate.recv() => "SIGTERM",
-                _ = hangup.recv() => "SIGHUP",
-            }
-        });
-        tracing::info!(signal = name, "ending the VM");
-        machine.kill();
-    };
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(wait)
-        .map(|_| ())
-        .map_err(RunError::Signals)
 }
 
 /// Serves the guest's requests until one ends the VM.

@@ -269,6 +269,15 @@ fn too_many_connections_are_told_so() {
     let (status, _, body) = raw(&served, request("GET", "/v1/vm", ""));
     assert_eq!(status, 503);
     assert!(error_of(&body).contains("too many connections"), "{body}");
+    // A real client understands it too.
+    match Client::new(&served.socket).unwrap().info() {
+        Err(ClientError::Refused { status: 503, message }) => {
+            assert!(message.contains("too many connections"), "{message}");
+        }
+        // It may find the connection closed before it has sent its request.
+        Err(ClientError::Protocol(_)) => {}
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

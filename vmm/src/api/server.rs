@@ -58,7 +58,7 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// Told to those who come when all connections are taken.
 const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
-    content-length: 57\r\nconnection: close\r\n\r\n\
+    content-length: 58\r\nconnection: close\r\n\r\n\
     {\"error\":\"too many connections: close some and try again\"}";
 
 /// A running server. Dropping it ends it too.

@@ -57,7 +57,7 @@ impl Port {
                     .create(true)
                     .truncate(true)
                     // A FIFO without a reader fails instead of waiting for one.
-                    .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+                    .custom_flags(libc::O_NONBLOCK)
                     .open(path)
                     .map_err(|source| ConsoleError::File { path: path.clone(), source })?;
                 Ok(Self { output: Some(file.into()), ..Self::default() })

@@ -1,0 +1,342 @@
+//! Flags and arguments.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{
+    parse_cmdline, parse_cpu, parse_cpus, parse_name, parse_size, ConfigError, ConsoleConfig,
+    LogConfig, OnReboot, RestoreSettings, RunOptions,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  minivmm run                                   boot the built-in guest on this terminal
+  minivmm run --name web --kernel vmlinux --initrd initrd.img --memory 1G --cpus 2 --console socket
+  minivmm console web                           attach to it; Ctrl-A x leaves
+  minivmm save web web.vm --stop                save it and end it
+  minivmm restore web.vm                        go on where it was, in a new process
+  minivmm stop web --timeout 20 --force         power button, and kill it after 20 s
+  minivmm list --json | jq '.[].name'
+
+Exit codes:
+  0  done; run and restore: the guest powered off, or was ended on request
+  1  it was tried and failed
+  2  wrong usage or configuration
+  3  the guest crashed
+  4  no VM of that name runs
+  5  refused in the present state (name taken, VM migrates, ...)
+  6  it did not happen in time
+
+Files:
+  Sockets and locks are in $MINIVMM_RUNTIME_DIR, else $XDG_RUNTIME_DIR/minivmm, else
+  /run/minivmm for root, else /tmp/minivmm-UID. A VM's socket NAME.sock speaks HTTP and JSON as
+  docs/openapi.yaml says:
+  curl --unix-socket $XDG_RUNTIME_DIR/minivmm/web.sock http://vm/v1/vm";
+
+/// A virtual machine monitor for Linux/KVM built around live migration.
+#[derive(Debug, Parser)]
+#[command(name = "minivmm", version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Boot a VM in this process, until it powers off
+    Run(Box<RunArgs>),
+    /// Go on with a saved VM in this process
+    Restore(RestoreArgs),
+    /// Save a VM to a file, and let it go on
+    Save(SaveArgs),
+    /// List the running VMs
+    List(Output),
+    /// Show name, process, status and configuration of a VM
+    Info(Named),
+    /// Stop the vCPUs of a VM
+    Pause(Named),
+    /// Let the vCPUs of a paused VM go on
+    Resume(Named),
+    /// Press the power button of a VM and wait for its end
+    Stop(StopArgs),
+    /// End a VM at once, without asking its guest
+    Kill(Named),
+    /// Press the reset button of a VM
+    Reset(Named),
+    /// Attach to the console of a VM (Ctrl-A x leaves, Ctrl-A Ctrl-A types one Ctrl-A)
+    Console(ConsoleArgs),
+    /// Show the counters of a VM
+    Stats(Named),
+    /// Show what happened to a VM
+    Events(EventsArgs),
+}
+
+/// What `run` and `restore` have in common.
+#[derive(Debug, Args)]
+pub(super) struct ProcessArgs {
+    /// Where the serial console goes: stdio, pty, socket, or file:PATH (emptied first)
+    ///
+    /// On stdio with a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A types one Ctrl-A.
+    #[arg(long, value_name = "KIND")]
+    console: Option<ConsoleConfig>,
+    /// Build the VM and wait for `minivmm resume`
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    paused: Option<bool>,
+    /// Write the process id to a file, which is removed at the end
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+    /// What to log, to standard error or a file: FILTER[:FILE] [default: warn]
+    ///
+    /// FILTER is off, error, warn, info, debug or trace, or a list such as warn,vmm::api=debug.
+    #[arg(long, value_name = "FILTER")]
+    log: Option<LogConfig>,
+}
+
+const RUN_HELP: &str = "\
+Without --kernel, the built-in guest `beacon` boots; --cmdline configures it.
+
+A configuration file says what flags can, under the same names; flags win over it:
+  name = \"web\"
+  kernel = \"vmlinux\"       # relative to the file
+  cmdline = \"console=ttyS0\"
+  cpus = 2
+  console = \"socket\"
+  [memory]
+  size = \"1G\"
+  hugepages = false
+
+Examples:
+  minivmm run --memory 64M --cpus 2
+  minivmm run --config web.toml --memory 2G --paused
+  minivmm run --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0 quiet' --cpu x86-64-v3,-rdrand";
+
+#[derive(Debug, Args)]
+#[command(after_help = RUN_HELP)]
+pub(super) struct RunArgs {
+    /// Name of the VM, out of [A-Za-z0-9._-] [default: vm-PID]
+    #[arg(long, value_parser = parse_name)]
+    name: Option<String>,
+    /// Kernel: bzImage, or ELF by PVH or the 64-bit Linux protocol [default: the built-in guest]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk; needs a kernel
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line [default with --kernel: console=ttyS0]
+    #[arg(long, value_name = "TEXT", value_parser = parse_cmdline, allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Guest memory: 512M, 1G, 64MiB or bytes; at least 16M [default: 256M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Back the memory with 2 MiB pages of hugetlbfs
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    hugepages: Option<bool>,
+    /// Number of vCPUs, 1 to 64 [default: 1]
+    #[arg(long, value_name = "N", value_parser = parse_cpus, allow_negative_numbers = true)]
+    cpus: Option<u8>,
+    /// CPU model host, x86-64-v2, x86-64-v3 or x86-64-v4, then ,+FEATURE or ,-FEATURE
+    /// [default: host]
+    #[arg(long, value_name = "MODEL", value_parser = parse_cpu)]
+    cpu: Option<String>,
+    /// What a reboot of the guest does: restart, or exit [default: restart]
+    #[arg(long, value_name = "ACTION")]
+    on_reboot: Option<OnReboot>,
+    /// Read settings from a TOML file
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+impl RunArgs {
+    /// The flags laid over the configuration file.
+    pub(super) fn options(self) -> Result<RunOptions, ConfigError> {
+        let flags = RunOptions {
+            name: self.name,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            memory_size: self.memory,
+            hugepages: self.hugepages,
+            cpus: self.cpus,
+            cpu: self.cpu,
+            console: self.process.console,
+            on_reboot: self.on_reboot,
+            paused: self.process.paused,
+            pidfile: self.process.pidfile,
+            log: self.process.log,
+        };
+        match self.config {
+            Some(path) => Ok(flags.over(RunOptions::from_file(&path)?)),
+            None => Ok(flags),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  minivmm restore web.vm
+  minivmm restore web.vm --name web-copy --console socket --paused")]
+pub(super) struct RestoreArgs {
+    /// File that `save` wrote
+    file: PathBuf,
+    /// Another name [default: as it was saved]
+    #[arg(long, value_parser = parse_name)]
+    name: Option<String>,
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+impl RestoreArgs {
+    pub(super) fn settings(self) -> Result<RestoreSettings, ConfigError> {
+        let ProcessArgs { console, paused, pidfile, log } = self.process;
+        let paused = paused.unwrap_or(false);
+        RestoreSettings::new(self.file, self.name, console, paused, pidfile, log)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Output {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Named {
+    /// Name of the VM
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The file is written under a temporary name and renamed when it is complete. A running VM stands
+still while it is saved.
+
+Examples:
+  minivmm save web web.vm
+  minivmm save web web.vm --stop --json")]
+pub(super) struct SaveArgs {
+    /// Name of the VM
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
+    /// File to write
+    pub(super) file: PathBuf,
+    /// End the VM when it is saved
+    #[arg(long)]
+    pub(super) stop: bool,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  minivmm stop web                        power button; wait 30 s for the end
+  minivmm stop web --timeout 60 --force   kill it when it has not ended after 60 s
+  minivmm stop web --force                kill it at once")]
+pub(super) struct StopArgs {
+    /// Name of the VM
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
+    /// Kill the VM: at once, or after --timeout when that is given
+    #[arg(long)]
+    pub(super) force: bool,
+    /// Seconds to wait for the end [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub(super) timeout: Option<u32>,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ConsoleArgs {
+    /// Name of the VM
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Events are numbered from 1; the VM keeps the last 1024.
+
+Examples:
+  minivmm events web
+  minivmm events web --follow --json | jq -c .kind")]
+pub(super) struct EventsArgs {
+    /// Name of the VM
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
+    /// Go on until the VM ends
+    #[arg(long, short)]
+    pub(super) follow: bool,
+    /// Only events with a higher number
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) after: u64,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run_options(line: &str) -> RunOptions {
+        let words = ["minivmm", "run"].into_iter().chain(line.split_whitespace());
+        match Cli::try_parse_from(words).unwrap().command {
+            Command::Run(args) => args.options().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_say_all_that_options_can() {
+        let options = run_options(
+            "--name web --kernel k --initrd i --cmdline quiet --memory 1G --hugepages --cpus 2 \
+             --cpu host,-rdrand --console file:c --on-reboot exit --paused --pidfile p --log info:l",
+        );
+        let expected = RunOptions {
+            name: Some("web".into()),
+            kernel: Some("k".into()),
+            initrd: Some("i".into()),
+            cmdline: Some("quiet".into()),
+            memory_size: Some(1 << 30),
+            hugepages: Some(true),
+            cpus: Some(2),
+            cpu: Some("host,-rdrand".into()),
+            console: Some(ConsoleConfig::File("c".into())),
+            on_reboot: Some(OnReboot::Exit),
+            paused: Some(true),
+            pidfile: Some("p".into()),
+            log: Some(LogConfig { filter: "info".into(), file: Some("l".into()) }),
+        };
+        assert_eq!(options, expected);
+        assert_eq!(run_options(""), RunOptions::default());
+    }
+
+    #[test]
+    fn a_flag_can_switch_off_what_the_file_switched_on() {
+        assert_eq!(run_options("--paused=false").paused, Some(false));
+        assert_eq!(run_options("--hugepages=false").hugepages, Some(false));
+    }
+
+    #[test]
+    fn the_help_tells_every_exit_code() {
+        let help = Cli::command().render_long_help().to_string();
+        for code in 0..=super::super::Exit::TimedOut as u8 {
+            assert!(help.contains(&format!("\n  {code}  ")), "exit code {code}");
+        }
+    }
+}
