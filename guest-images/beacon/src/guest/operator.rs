@@ -67,7 +67,7 @@ impl Operator {
             next_poll: now,
             next_collect: now,
             next_report: 0,
-            end: world.config.runtime_ms.map(|ms| now + of(ms * 1000)),
+            end: None,
             seq: 0,
             window_start: now,
             stage: Stage::Populating,
@@ -112,6 +112,8 @@ impl Operator {
                 self.stage = Stage::Running;
                 self.mark(now);
                 self.next_report = now + self.report_every;
+                let runtime = self.world.config.runtime_ms;
+                self.end = runtime.map(|ms| now + world.scale.ticks_of_micros(ms * 1000));
             }
             Stage::Running if self.report_every != 0 && now >= self.next_report => {
                 self.report(now);
