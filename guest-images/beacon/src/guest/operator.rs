@@ -103,6 +103,10 @@ impl Operator {
                 report::notice(cpu, notice, &values);
             }
         }
+        if self.end.is_some_and(|end| now >= end) {
+            self.report(now);
+            self.power_off("runtime-over", now);
+        }
         match self.stage {
             Stage::Populating if report::all_ready(world) => {
                 report::ready(world, now);
@@ -130,10 +134,6 @@ impl Operator {
                 report::verified(world, started, now);
                 self.verifying = None;
             }
-        }
-        if self.end.is_some_and(|end| now >= end) {
-            self.report(now);
-            self.power_off("runtime-over", now);
         }
     }
 

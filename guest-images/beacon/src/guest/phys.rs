@@ -99,7 +99,7 @@ fn page_directory(ram: &mut FreeRam, start: u64) -> Option<u64> {
     // SAFETY: zero is a valid atomic.
     let table = unsafe { allocate::<AtomicU64>(ram, 512)? };
     for (index, entry) in table.iter().enumerate() {
-        entry.store(start + ((index as u64) << 21) | 0xE7, Relaxed);
+        entry.store((start + ((index as u64) << 21)) | 0xE7, Relaxed);
     }
     Some(table.as_ptr() as u64)
 }
