@@ -181,9 +181,11 @@ impl Config {
             b"ws" => {
                 self.working_set = match value {
                     b"max" => WorkingSet::Max,
-                    _ => {
-                        WorkingSet::Mib(in_range(value, 1, u64::from(u32::MAX) * PAGE_SIZE >> 20)?)
-                    }
+                    _ => WorkingSet::Mib(in_range(
+                        value,
+                        1,
+                        (u64::from(u32::MAX) * PAGE_SIZE) >> 20,
+                    )?),
                 }
             }
             b"pattern" => {

@@ -193,8 +193,8 @@ mod tests {
         assert_eq!(kind(8, 2), Kind::OtherPage);
         // Half of an older version.
         write(&ram, 0, 7, 3);
-        for index in 4..8 {
-            ram.store(OFFSETS[index], word(7, 2, index));
+        for (index, offset) in OFFSETS.iter().enumerate().skip(4) {
+            ram.store(*offset, word(7, 2, index));
         }
         assert_eq!(kind(7, 3), Kind::Torn);
     }

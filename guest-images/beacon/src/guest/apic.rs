@@ -92,7 +92,9 @@ pub fn start_timer(scale: TscScale) {
     if has_tsc_deadline() {
         area.timer_period.store(period, Relaxed);
         write(LVT_TIMER, DEADLINE | TIMER_VECTOR);
-        wrmsr(MSR_TSC_DEADLINE, tsc() + period);
+        let deadline = tsc() + period;
+        area.timer_deadline.store(deadline, Relaxed);
+        wrmsr(MSR_TSC_DEADLINE, deadline);
     } else {
         // How many counts pass in a millisecond?
         write(TIMER_DIVIDE, DIVIDE_BY_1);

@@ -91,16 +91,28 @@ fn khz_from_cpuid() -> Option<u64> {
     (khz != 0).then_some(khz)
 }
 
-/// Counts TSC ticks while the PIT's channel 2 counts down 10 ms (8254 data sheet, mode 0).
+/// Counts TSC ticks while the PIT's channel 0 counts down 10 ms (8254 data sheet, mode 2); 0 without
+/// a PIT. Not channel 2, whose gate and output microvm lacks.
 fn khz_from_pit() -> u64 {
     const PIT_HZ: u64 = 1_193_182;
-    const COUNT: u64 = PIT_HZ / 100;
-    outb(0x61, inb(0x61) & 0xFC | 1);
-    outb(0x43, 0xB0);
-    outb(0x42, COUNT as u8);
-    outb(0x42, (COUNT >> 8) as u8);
-    let start = tsc();
-    // Without a PIT the output bit never comes: give up after what is a second at 4 GHz.
-    while inb(0x61) & 0x20 == 0 && tsc() - start < 4_000_000_000 {}
-    (tsc() - start) * PIT_HZ / COUNT / 1000
+    const CHANNEL_0: u16 = 0x40;
+    const COMMAND: u16 = 0x43;
+    let count = || {
+        outb(COMMAND, 0); // latch
+        u16::from_le_bytes([inb(CHANNEL_0), inb(CHANNEL_0)])
+    };
+    outb(COMMAND, 0x34);
+    outb(CHANNEL_0, 0);
+    outb(CHANNEL_0, 0);
+    let (first, start) = (count(), tsc());
+    loop {
+        let (passed, ticks) = (u64::from(first.wrapping_sub(count())), tsc() - start);
+        if passed >= PIT_HZ / 100 {
+            return ticks * PIT_HZ / passed / 1000;
+        }
+        // What is a second at 4 GHz.
+        if ticks > 4_000_000_000 {
+            return 0;
+        }
+    }
 }

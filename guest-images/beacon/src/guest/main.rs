@@ -64,6 +64,8 @@ extern "C" fn beacon_main(protocol: u32, info: u64, tsc_entry: u64) -> ! {
         console::send(&mut line);
         fatal("start the VM with the processors that the ACPI tables list, or say cpus=N");
     }
+    // The others populate their pages meanwhile.
+    console::flush();
     run(world, acpi)
 }
 

@@ -67,7 +67,7 @@ impl Operator {
             next_poll: now,
             next_collect: now,
             next_report: 0,
-            end: world.config.runtime_ms.map(|ms| now + of(ms * 1000)),
+            end: None,
             seq: 0,
             window_start: now,
             stage: Stage::Populating,
@@ -103,6 +103,10 @@ impl Operator {
                 report::notice(cpu, notice, &values);
             }
         }
+        if self.end.is_some_and(|end| now >= end) {
+            self.report(now);
+            self.power_off("runtime-over", now);
+        }
         match self.stage {
             Stage::Populating if report::all_ready(world) => {
                 report::ready(world, now);
@@ -112,6 +116,8 @@ impl Operator {
                 self.stage = Stage::Running;
                 self.mark(now);
                 self.next_report = now + self.report_every;
+                let runtime = self.world.config.runtime_ms;
+                self.end = runtime.map(|ms| now + world.scale.ticks_of_micros(ms * 1000));
             }
             Stage::Running if self.report_every != 0 && now >= self.next_report => {
                 self.report(now);
@@ -128,10 +134,6 @@ impl Operator {
                 report::verified(world, started, now);
                 self.verifying = None;
             }
-        }
-        if self.end.is_some_and(|end| now >= end) {
-            self.report(now);
-            self.power_off("runtime-over", now);
         }
     }
 

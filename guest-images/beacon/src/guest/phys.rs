@@ -7,7 +7,7 @@ use beacon_core::boot::{BootInfo, Bytes};
 use beacon_core::memory::FreeRam;
 use beacon_core::pages::Words;
 
-use crate::{cpu, ring0};
+use crate::ring0;
 
 /// All memory that is mapped. Accesses are volatile, so that they happen once and where they stand.
 pub struct Memory;
@@ -83,28 +83,23 @@ pub fn free_ram(info: &BootInfo) -> Option<FreeRam> {
         ram.add(entry.start, entry.length, ring0::image_end(), CEILING);
     }
     let top = ram.regions().iter().map(|region| region.end).max().unwrap_or(0);
-    let gigabyte_pages = cpu::cpuid(0x8000_0000, 0).eax >= 0x8000_0001
-        && cpu::cpuid(0x8000_0001, 0).edx & 1 << 26 != 0;
     for (index, entry) in ring0::gigabyte_entries().iter().enumerate().skip(4) {
         let start = index as u64 * GIB;
         if !ram.regions().iter().any(|region| region.start < start + GIB && region.end > start) {
             continue;
         }
-        if gigabyte_pages {
-            entry.store(start | 0xE7, Relaxed);
-        } else {
-            entry.store(page_directory(&mut ram, start)? | 7, Relaxed);
-        }
+        entry.store(page_directory(&mut ram, start)? | 7, Relaxed);
     }
     (top != 0).then_some(ram)
 }
 
-/// A table of 2 MiB pages for the GiB at `start`. The lowest region is mapped from the beginning.
+/// A table of 2 MiB pages for the GiB at `start`, in the lowest region, which is mapped from the
+/// beginning. Not a 1 GiB page: a KVM was seen to announce them and to refuse them.
 fn page_directory(ram: &mut FreeRam, start: u64) -> Option<u64> {
     // SAFETY: zero is a valid atomic.
     let table = unsafe { allocate::<AtomicU64>(ram, 512)? };
     for (index, entry) in table.iter().enumerate() {
-        entry.store(start + ((index as u64) << 21) | 0xE7, Relaxed);
+        entry.store((start + ((index as u64) << 21)) | 0xE7, Relaxed);
     }
     Some(table.as_ptr() as u64)
 }

@@ -56,7 +56,7 @@ pub fn boot(world: &World, info: &BootInfo, protocol: Protocol) {
             let mut line = Line::event("warning");
             line.text("text", "the working set does not fit into RAM and is smaller");
             line.number("ws_mib", mib);
-            line.number("free_mib", world.placement.pages() * PAGE_SIZE >> 20);
+            line.number("free_mib", (world.placement.pages() * PAGE_SIZE) >> 20);
             console::send(&mut line);
         }
     }

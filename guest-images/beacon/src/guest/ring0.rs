@@ -33,8 +33,10 @@ pub struct Area {
     pub cpu: AtomicU64,
     /// Timer interrupts so far.
     pub ticks: AtomicU64,
-    /// TSC ticks between two timer interrupts, 0 if the LAPIC repeats them by itself.
+    /// TSC ticks between two timer interrupts.
     pub timer_period: AtomicU64,
+    /// TSC at the next timer interrupt, 0 if the LAPIC repeats them by itself.
+    pub timer_deadline: AtomicU64,
     /// 1 if the LAPIC is in x2APIC mode.
     pub x2apic: AtomicU32,
     _pad: u32,
@@ -43,8 +45,9 @@ pub struct Area {
 
 const _: () = assert!(offset_of!(Area, ticks) == 8);
 const _: () = assert!(offset_of!(Area, timer_period) == 16);
-const _: () = assert!(offset_of!(Area, x2apic) == 24);
-const _: () = assert!(offset_of!(Area, tss) == 32);
+const _: () = assert!(offset_of!(Area, timer_deadline) == 24);
+const _: () = assert!(offset_of!(Area, x2apic) == 32);
+const _: () = assert!(offset_of!(Area, tss) == 40);
 // What is left is the ring-0 stack.
 const _: () = assert!(size_of::<Area>() + 16384 <= RING0_STACK as usize);
 

@@ -11,7 +11,8 @@
 .set AREA_SIZE,      65536
 .set AREA_TICKS,     8
 .set AREA_PERIOD,    16
-.set AREA_X2APIC,    24
+.set AREA_DEADLINE,  24
+.set AREA_X2APIC,    32
 
 .set CODE32, 0x08
 .set CODE0,  0x10
@@ -19,7 +20,7 @@
 .set CODE3,  0x23
 .set FIRST_TSS, 0x30
 
-.set AREA_TSS,  32
+.set AREA_TSS,  40
 .set TSS_LIMIT, 104 + 8192           # with an I/O bitmap for all ports
 
 .set MSR_EFER,  0xc0000080
@@ -243,14 +244,20 @@ timer_interrupt:
     mov rbx, rsp
     and rbx, -AREA_SIZE
     inc qword ptr [rbx + AREA_TICKS]
-    mov rcx, [rbx + AREA_PERIOD]     # 0: the timer is periodic by itself
+    mov rcx, [rbx + AREA_DEADLINE]   # 0: the timer is periodic by itself
     test rcx, rcx
     jz 1f
     rdtsc
     shl rdx, 32
     or rax, rdx
-    add rax, rcx
-    mov rdx, rax
+    add rcx, [rbx + AREA_PERIOD]     # on schedule, so that a late interrupt makes no later ones
+    cmp rcx, rax
+    ja 4f
+    mov rcx, rax                     # more than a period late: from now
+    add rcx, [rbx + AREA_PERIOD]
+4:  mov [rbx + AREA_DEADLINE], rcx
+    mov rax, rcx
+    mov rdx, rcx
     shr rdx, 32
     mov ecx, MSR_TSC_DEADLINE
     wrmsr

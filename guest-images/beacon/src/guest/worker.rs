@@ -326,10 +326,10 @@ impl<'a> Worker<'a> {
             }
             Rate::PerSecond(rate) => {
                 let catch_up = self.ticks.catch_up;
-                // At most a second at a time, so that the product fits.
-                self.intended += elapsed.min(second) * rate;
-                self.shared.window.intended.add(self.intended / second);
-                self.intended %= second;
+                // All time counts, that of switches too: a guest that stood still did not do its work.
+                let intended = u128::from(self.intended) + u128::from(elapsed) * u128::from(rate);
+                self.shared.window.intended.add((intended / u128::from(second)) as u64);
+                self.intended = (intended % u128::from(second)) as u64;
                 self.owed =
                     (self.owed + elapsed.min(catch_up) * rate).min((catch_up * rate).max(second));
                 let deadline = now + self.ticks.write;
