@@ -196,6 +196,11 @@ pub fn hang() -> ! {
     }
 }
 
+/// Halts this vCPU until its next interrupt.
+pub fn wait_for_interrupt() {
+    gate(6, 0, 0, 0);
+}
+
 fn gate(which: u64, a: u64, b: u64, c: u64) -> u64 {
     let (low, high): (u64, u64);
     // SAFETY: the handlers in ring0.s touch these registers only. `call` writes below rsp, which

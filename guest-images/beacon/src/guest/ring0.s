@@ -213,8 +213,12 @@ invalid_opcode:
     je 13f
     cmp eax, 5
     jb 14f
+    ja 16f
 15: hlt                              # 5: stop this vCPU for good; interrupts are off
     jmp 15b
+16: sti                              # 6: wait for an interrupt
+    hlt
+    iretq
 10: mov ecx, edi                     # 0: read MSR edi
     rdmsr
     iretq

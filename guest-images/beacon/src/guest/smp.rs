@@ -51,6 +51,7 @@ pub fn start(world: &'static World, ids: &[u32], areas: u64) -> Result<(), u32> 
             return Err(id);
         }
     }
+    world.control.begin.store(true, Release);
     Ok(())
 }
 
@@ -82,6 +83,10 @@ extern "C" fn beacon_ap(start: &Start) -> ! {
     apic::start_timer(world.scale);
     // After this `start` may be gone.
     world.shared[cpu as usize].alive.store(true, Release);
+    // Those that are there do not slow down the start of those that are not.
+    while !world.control.begin.load(Acquire) {
+        ring0::wait_for_interrupt();
+    }
     let mut worker = Worker::new(world, u64::from(cpu));
     loop {
         worker.turn();

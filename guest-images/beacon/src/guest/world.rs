@@ -250,6 +250,8 @@ pub struct Control {
     pub mark: AtomicU64,
     /// The last full pass that was asked for.
     pub full_pass: AtomicU64,
+    /// All vCPUs are there, and may begin.
+    pub begin: AtomicBool,
     /// All vCPUs shall stop for good.
     pub stop: AtomicBool,
 }
@@ -263,6 +265,7 @@ impl Control {
             rate: AtomicU64::new(0),
             mark: AtomicU64::new(0),
             full_pass: AtomicU64::new(0),
+            begin: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         };
         control.set_rate(rate);
