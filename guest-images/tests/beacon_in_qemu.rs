@@ -42,7 +42,15 @@ impl Guest {
         let mut qemu = Command::new("qemu-system-x86_64")
             .current_dir(&folder)
             // The KVM of some machines announces arch-capabilities and does not have it.
-            .args(["-enable-kvm", "-cpu", "host,-arch-capabilities", "-machine", machine, "-m", "128"])
+            .args([
+                "-enable-kvm",
+                "-cpu",
+                "host,-arch-capabilities",
+                "-machine",
+                machine,
+                "-m",
+                "128",
+            ])
             .args(["-smp", &cpus.to_string(), "-bios", "bios.bin"])
             .args(["-kernel", "beacon.elf", "-append", options])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])

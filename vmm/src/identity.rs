@@ -170,7 +170,12 @@ macro_rules! plain_payload {
         impl $type {
             /// Decodes what [`Persist::save_payload`] made.
             pub fn decode(version: u16, data: Vec<u8>) -> Result<Self, PersistError> {
-                Self::decode_payload(&Payload { kind: $kind.to_owned(), instance: 0, version, data })
+                Self::decode_payload(&Payload {
+                    kind: $kind.to_owned(),
+                    instance: 0,
+                    version,
+                    data,
+                })
             }
         }
     };
@@ -178,7 +183,6 @@ macro_rules! plain_payload {
 
 plain_payload!(IdentityV1, "identity");
 plain_payload!(ConfigV1, "config");
-
 
 #[cfg(test)]
 mod tests {

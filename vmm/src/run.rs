@@ -78,8 +78,9 @@ impl From<RunError> for CliError {
         let exit = match error {
             RunError::RuntimeDir(error) => return error.into(),
             // What was asked for cannot be: another command line may do.
-            RunError::Boot(_)
-            | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => Exit::Usage,
+            RunError::Boot(_) | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => {
+                Exit::Usage
+            }
             _ => Exit::Failed,
         };
         Self::new(exit, error)

@@ -67,8 +67,7 @@ impl Read for ImageReader<'_> {
 /// Writes a machine that stands to a temporary file beside `path`; `commit` gives it its name.
 pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveError> {
     let identity = machine.identity().save_payload(0).map_err(IdentityError::from)?;
-    let config =
-        ConfigV1::from(machine.config()).save_payload(0).map_err(IdentityError::from)?;
+    let config = ConfigV1::from(machine.config()).save_payload(0).map_err(IdentityError::from)?;
     let media = machine.media();
     let mut kernel = ImageReader { image: &media.kernel, at: 0 };
     let mut initrd = media.initrd.as_ref().map(|image| ImageReader { image, at: 0 });
@@ -108,8 +107,8 @@ pub struct Saved {
 /// Opens `path` and checks that this host can run what is in it.
 pub fn open(path: &Path, host: &HostKvm) -> Result<Saved, SaveError> {
     let (header, reader) = SnapshotReader::open(path)?;
-    let config = ConfigV1::decode(header.config.version, header.config.data)
-        .map_err(IdentityError::from)?;
+    let config =
+        ConfigV1::decode(header.config.version, header.config.data).map_err(IdentityError::from)?;
     let config = VmConfig::from(config);
     config
         .validate(crate::config::HostLimits::detect())

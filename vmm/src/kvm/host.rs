@@ -139,11 +139,7 @@ impl HostKvm {
 
     /// Frequency of the host's TSC as a guest sees it, kHz, and whether KVM can scale it.
     pub fn tsc(&self) -> (u32, bool) {
-        let khz = self
-            .kvm
-            .create_vm()
-            .and_then(|vm| vm.create_vcpu(0)?.get_tsc_khz())
-            .unwrap_or(0);
+        let khz = self.kvm.create_vm().and_then(|vm| vm.create_vcpu(0)?.get_tsc_khz()).unwrap_or(0);
         (khz, self.kvm.check_extension(Cap::TscControl))
     }
 
