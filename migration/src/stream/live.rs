@@ -72,8 +72,7 @@ impl<R: Read + AsFd> RecordReader<R> {
             return Err(self.error(malformed(what)));
         }
         read_exact(&mut self.inner, &mut table).map_err(|problem| self.error(problem))?;
-        let runs = decode_table(RecordType::Pages, &table, memory.layout())
-            .map_err(|problem| self.error(problem))?;
+        let runs = decode_table(&table, memory.layout()).map_err(|problem| self.error(problem))?;
         let pages: usize = runs.iter().map(|run| run.pages() as usize).sum();
         if header.length != (head.len() + table.len() + pages * PAGE_BYTES) as u64 {
             let what = format!("{} bytes for {pages} pages", header.length);

@@ -57,27 +57,15 @@ pub(crate) fn decode_count(
     Ok(count)
 }
 
-/// Reads the runs after the count, checks each against the layout, and for PAGES also that they
-/// are not more than one record may have.
-pub(crate) fn decode_table(
-    record_type: RecordType,
-    table: &[u8],
-    layout: &MemoryLayout,
-) -> Result<Vec<PageRange>, Problem> {
-    let mut total = 0;
+/// Reads the runs after the count, and checks each against the layout.
+pub(crate) fn decode_table(table: &[u8], layout: &MemoryLayout) -> Result<Vec<PageRange>, Problem> {
     let mut runs = Vec::with_capacity(table.len() / RUN_BYTES);
     for run in table.chunks_exact(RUN_BYTES) {
         if u32_at(run, 12) != 0 {
             return Err(Problem::Reserved("a run of pages"));
         }
         let claim = ClaimedRange { gfn: u64_at(run, 0), pages: u64::from(u32_at(run, 8)) };
-        let range = claim.check(layout)?;
-        total += range.pages();
-        runs.push(range);
-    }
-    if record_type == RecordType::Pages && total > MAX_PAGES_PER_RECORD {
-        let what = format!("{total} pages, the limit is {MAX_PAGES_PER_RECORD}");
-        return Err(malformed(record_type, what));
+        runs.push(claim.check(layout)?);
     }
     Ok(runs)
 }
@@ -91,7 +79,7 @@ fn decode_head<'a>(
     let (head, rest) = payload.split_first_chunk().ok_or_else(too_short)?;
     let count = decode_count(record_type, head)?;
     let (table, data) = rest.split_at_checked(count * RUN_BYTES).ok_or_else(too_short)?;
-    Ok((decode_table(record_type, table, layout)?, data))
+    Ok((decode_table(table, layout)?, data))
 }
 
 /// The runs of a ZERO or ABSENT record, each within the layout. Whether they overlap is for the
@@ -121,6 +109,7 @@ pub fn decode_pages<'a>(
     layout: &MemoryLayout,
 ) -> Result<(Vec<PageRange>, &'a [u8]), Problem> {
     let (runs, data) = decode_head(RecordType::Pages, payload, layout)?;
+    // The record's own limit of length then bounds the number of pages.
     let pages: u64 = runs.iter().map(|run| run.pages()).sum();
     if data.len() != pages as usize * PAGE_BYTES {
         let what = format!("{} bytes of data for {pages} pages", data.len());

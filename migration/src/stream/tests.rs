@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
@@ -150,10 +151,12 @@ fn live_pages_go_from_memory_to_memory() {
     let long = PageRange::new(Gfn(1 << 20), 64).unwrap();
     source.guest_write(Gfn((1 << 20) + 63), b"last").unwrap();
     let received = thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut writer = RecordWriter::new(&near, StreamKind::Migration).unwrap();
-            writer.write_live_pages(&source, &scattered()).unwrap();
-            writer.write_live_pages(&source, &[long]).unwrap();
+        // The socket moves into the thread, so that a failure there ends the stream.
+        let source = &source;
+        scope.spawn(move || {
+            let mut writer = RecordWriter::new(near, StreamKind::Migration).unwrap();
+            writer.write_live_pages(source, &scattered()).unwrap();
+            writer.write_live_pages(source, &[long]).unwrap();
             writer.write(RecordType::Config, &[b"after"]).unwrap();
         });
         let mut reader = RecordReader::new(&far, StreamKind::Migration).unwrap();
@@ -219,11 +222,11 @@ fn volatile_io_goes_on_after_partial_transfers_and_tells_the_end() {
     let (near, mut far) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
         scope.spawn(|| {
-            use std::os::fd::AsFd;
-            crate::volatile_io::write_all(near.as_fd(), b"head", &slices(&source)).unwrap();
+            let result = crate::volatile_io::write_all(near.as_fd(), b"head", &slices(&source));
+            // Before the result is looked at: a reader that waits for ever would hide a failure.
             near.shutdown(std::net::Shutdown::Write).unwrap();
+            result.unwrap();
         });
-        use std::os::fd::AsFd;
         let mut head = [0; 4];
         far.read_exact(&mut head).unwrap();
         assert_eq!(&head, b"head");
@@ -236,7 +239,6 @@ fn volatile_io_goes_on_after_partial_transfers_and_tells_the_end() {
         assert!(mine.unwrap() == theirs.unwrap(), "{run}");
     }
     drop(far);
-    use std::os::fd::AsFd;
     let error = crate::volatile_io::write_all(near.as_fd(), b"x", &[]).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
 }

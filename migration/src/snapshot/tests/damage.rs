@@ -197,6 +197,17 @@ fn malformed_payloads_are_refused() {
 }
 
 #[test]
+fn reserved_fields_of_runs_must_be_zero() {
+    for at in [4, 20, 23] {
+        let mut payload = table(&[(0, 6), (6, 3), (TOP, 4)]);
+        restore(&Forger::new().record(RecordType::Absent, &payload).end(0, 0, 13)).unwrap();
+        payload[at] = 1;
+        let error = problem(&Forger::new().record(RecordType::Absent, &payload).end(0, 0, 13));
+        assert!(matches!(error.problem, Problem::Reserved(_)), "{at}: {error}");
+    }
+}
+
+#[test]
 fn a_layout_that_cannot_be_is_refused() {
     // Varint encoding: 253 announces a number of eight bytes.
     let huge = [&[1u8, 0, 253][..], &u64::MAX.to_le_bytes()].concat();
