@@ -365,7 +365,7 @@ struct Segment {
 }
 
 fn zero(ram: &GuestRam, at: u64, len: u64) -> Result<(), BootError> {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let mut done = 0;
     while done < len {
         let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(ZEROS.len());

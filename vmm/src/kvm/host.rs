@@ -57,6 +57,14 @@ pub enum KvmError {
         /// `read` or `written`.
         what: &'static str,
     },
+    /// The guest saw features that this host's KVM does not show.
+    #[error("vCPU {vcpu} ran with CPU features that this host lacks: {}", missing.join(", "))]
+    Features {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Their names.
+        missing: Vec<String>,
+    },
     /// An XSAVE area that does not fit here.
     #[error("saved XSAVE area has {found} bytes, this host takes up to {here}: its CPU lacks features that the guest had")]
     XsaveSize {

@@ -23,6 +23,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use super::KvmError;
+use crate::cpu::missing_features;
 
 // Documentation/virt/kvm/api.rst, 4.80 KVM_GET_DEVICE_ATTR (here on a vCPU: devices/vcpu.rst, group 4).
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
@@ -49,7 +50,7 @@ const MSR_UNLISTED: [std::ops::RangeInclusive<u32>; 6] = [
 pub struct VcpuStateV1 {
     /// MP_STATE: running, halted, waiting for SIPI, ...
     pub mp_state: kvm_mp_state,
-    /// CPUID as the guest was given it.
+    /// CPUID as the guest saw it: what KVM reports, not what it was told.
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// General registers.
     pub regs: kvm_regs,
@@ -229,6 +230,10 @@ impl VcpuKvm {
         unsafe { self.fd.set_xsave2(&xsave) }.map_err(self.failed("writing XSAVE"))
     }
 
+    fn cpuid(&self) -> Result<CpuId, KvmError> {
+        self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(self.failed("reading CPUID"))
+    }
+
     fn save_tsc(&self) -> Result<TscStateV1, KvmError> {
         let before = host_tsc();
         let value = self.read_msr(MSR_TSC)?;
@@ -306,9 +311,15 @@ impl Persist for VcpuKvm {
     }
 
     /// All but the TSC and its deadline: see [`VcpuKvm::restore_tsc`]. CPUID was set when the
-    /// vCPU was made, from the same configuration.
+    /// vCPU was made; a KVM that shows the host's own whatever it was told is found out here.
     fn restore(&mut self, state: &VcpuStateV1) -> Result<(), KvmError> {
         let fd = &self.fd;
+        let saw =
+            CpuId::from_entries(&state.cpuid).map_err(|_| KvmError::TooMany("CPUID leaves"))?;
+        let missing = missing_features(&saw, &self.cpuid()?);
+        if !missing.is_empty() {
+            return Err(KvmError::Features { vcpu: self.id, missing });
+        }
         fd.set_mp_state(state.mp_state).map_err(self.failed("writing MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(self.failed("writing registers"))?;
         fd.set_sregs(&state.sregs).map_err(self.failed("writing special registers"))?;
