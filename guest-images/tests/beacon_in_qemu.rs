@@ -206,6 +206,29 @@ fn a_damaged_page_is_found_and_named() {
 }
 
 #[test]
+fn a_damaged_register_and_a_silent_timer_are_seen() {
+    let _guard = exclusive();
+    let mut guest = start!("registers", "microvm", 2, "ws=1 report=0");
+    let registers = guest.wait_for("boot")["fpu"].clone();
+    guest.wait_for("ready");
+    guest.say("flip");
+    let (register, word) = match registers.as_str().unwrap() {
+        "sse" => (15, 1),
+        "avx" => (15, 3),
+        _ => (31, 7),
+    };
+    let fpu = guest.wait_for("fpu");
+    assert_eq!((&fpu["cpu"], &fpu["class"]), (&0.into(), &"vector".into()));
+    assert_eq!((&fpu["register"], &fpu["word"]), (&register.into(), &word.into()));
+    guest.say("mute");
+    assert_eq!(guest.wait_for("timer-stalled")["cpu"], 0);
+    guest.say("report");
+    let report = guest.wait_for("report");
+    assert_eq!(report["fpu_errors"], 1);
+    assert_ne!(report["timer_stalls"], 0);
+}
+
+#[test]
 fn a_stop_of_the_vm_is_told_from_other_gaps() {
     let _guard = exclusive();
     let mut guest = start!("stop", "microvm", 2, "ws=4 report=0");

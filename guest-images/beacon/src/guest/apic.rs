@@ -108,6 +108,11 @@ pub fn start_timer(scale: TscScale) {
     ring0::enable_interrupts();
 }
 
+/// Masks this vCPU's timer, for tests of what notices.
+pub fn stop_timer() {
+    write(LVT_TIMER, MASKED);
+}
+
 fn command(destination: u32, value: u32) {
     if ring0::area().x2apic.load(Relaxed) == 1 {
         wrmsr(MSR_X2APIC + COMMAND / 16, u64::from(destination) << 32 | u64::from(value));

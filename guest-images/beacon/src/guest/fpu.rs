@@ -49,6 +49,7 @@ pub struct Check {
     hold: Hold,
     registers: Registers,
     round: u64,
+    damage: bool,
 }
 
 const _: () = assert!(offset_of!(Hold, masks) == 4096);
@@ -111,7 +112,12 @@ impl Check {
             control: CONTROL,
             control_out: 0,
         };
-        Self { hold, registers, round: 0 }
+        Self { hold, registers, round: 0, damage: false }
+    }
+
+    /// Has the next check find a register damaged, for tests of what comes of it.
+    pub fn damage(&mut self) {
+        self.damage = true;
     }
 
     /// Holds the values until the TSC reaches `deadline`, then compares.
@@ -138,6 +144,9 @@ impl Check {
                 Registers::Avx => hold_avx(&mut self.hold, deadline),
                 Registers::Avx512 => hold_avx512(&mut self.hold, deadline),
             }
+        }
+        if core::mem::take(&mut self.damage) {
+            self.hold.vectors_out[count - 1][words - 1] ^= 1;
         }
         self.compare(count, words)
     }

@@ -149,7 +149,7 @@ fn run(world: &'static World, acpi: Acpi) -> ! {
     let mut worker = Worker::new(world, 0);
     loop {
         let now = worker.work();
-        operator.turn(now);
+        operator.turn(&mut worker, now);
         worker.rest(now);
     }
 }

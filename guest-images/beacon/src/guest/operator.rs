@@ -8,8 +8,9 @@ use beacon_core::pages::{Words, PAGE_SIZE};
 
 use crate::cpu::tsc;
 use crate::phys::Memory;
+use crate::worker::Worker;
 use crate::world::World;
-use crate::{console, exception, exits, power, report, ring0};
+use crate::{apic, console, exception, exits, power, report, ring0};
 
 /// How often the console and the power button are looked at, in microseconds.
 const POLL_US: u64 = 10_000;
@@ -79,14 +80,14 @@ impl Operator {
     }
 
     /// One turn's share: at most one exit.
-    pub fn turn(&mut self, now: u64) {
+    pub fn turn(&mut self, worker: &mut Worker, now: u64) {
         exception::speak_if_dying();
         if now >= self.next_collect {
             self.next_collect = now + self.collect;
             self.collect(now);
         } else if now >= self.next_poll {
             self.next_poll = now + self.poll;
-            self.poll(now);
+            self.poll(worker, now);
         } else if now >= self.next_byte || self.stage != Stage::Running {
             self.next_byte = now + self.pace;
             console::pump();
@@ -147,7 +148,7 @@ impl Operator {
         self.world.control.mark.fetch_add(1, Relaxed);
     }
 
-    fn poll(&mut self, now: u64) {
+    fn poll(&mut self, worker: &mut Worker, now: u64) {
         self.button_next = !self.button_next && self.acpi.pm1_event.is_some();
         if self.button_next {
             if power::button_pressed(&self.acpi) {
@@ -165,7 +166,7 @@ impl Operator {
                 if length > COMMAND {
                     report::error("command longer than 128 bytes", &command);
                 } else {
-                    self.run(command[..length].trim_ascii(), now);
+                    self.run(command[..length].trim_ascii(), worker, now);
                 }
             }
             _ => {
@@ -177,7 +178,7 @@ impl Operator {
         }
     }
 
-    fn run(&mut self, command: &[u8], now: u64) {
+    fn run(&mut self, command: &[u8], worker: &mut Worker, now: u64) {
         let space = command.iter().position(|&byte| byte == b' ').unwrap_or(command.len());
         let (name, argument) = (&command[..space], command[space..].trim_ascii_start());
         match name {
@@ -200,6 +201,14 @@ impl Operator {
             },
             b"echo" => report::echo(argument),
             b"poke" => self.poke(argument, command),
+            b"flip" => {
+                worker.damage_register();
+                report::plain("flip", now);
+            }
+            b"mute" => {
+                apic::stop_timer();
+                report::plain("mute", now);
+            }
             b"poweroff" => self.power_off("poweroff", now),
             b"reboot" => {
                 self.last_words("reboot", now);

@@ -163,6 +163,11 @@ impl<'a> Worker<'a> {
         now
     }
 
+    /// Has the next register check fail.
+    pub fn damage_register(&mut self) {
+        self.registers.damage();
+    }
+
     /// The second part of a turn that began at `start`: the register check, for what is left of it.
     pub fn rest(&mut self, start: u64) {
         let deadline = (start + self.ticks.turn).max(tsc() + self.ticks.hold);
