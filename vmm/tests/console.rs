@@ -312,6 +312,7 @@ fn one_can_leave_while_the_guest_takes_no_input() {
     let stream = client(&bench);
     stream.set_nonblocking(true).unwrap();
     let (mut keyboard, keys) = UnixStream::pair().unwrap();
+    keyboard.set_write_timeout(Some(PATIENCE)).unwrap();
     let user = std::thread::spawn(move || {
         attach(stream.as_fd(), keys.as_fd(), &mut std::io::sink(), true).unwrap()
     });
