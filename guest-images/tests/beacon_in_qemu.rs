@@ -1,17 +1,44 @@
 //! Beacon in QEMU: it starts, and each of its checks sees what it is there to see.
 //!
-//! Needs `qemu-system-x86_64` and `/dev/kvm`; without them the tests say `skipped` and pass.
+//! Needs `qemu-system-x86_64` and `/dev/kvm`; without them the tests are reported as ignored.
 #![allow(clippy::unwrap_used)]
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use libtest_mimic::{Arguments, Trial};
 use serde_json::Value;
+
+fn main() -> std::process::ExitCode {
+    let possible = Command::new("qemu-system-x86_64").arg("--version").output().is_ok()
+        && File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let trial = |name: &str, test: fn()| {
+        let run = move || {
+            test();
+            Ok(())
+        };
+        Trial::test(name, run).with_ignored_flag(!possible)
+    };
+    let tests = vec![
+        trial("starts_works_and_ends_on_every_machine", starts_works_and_ends_on_every_machine),
+        trial("a_damaged_page_is_found_and_named", a_damaged_page_is_found_and_named),
+        trial(
+            "a_damaged_register_and_a_silent_timer_are_seen",
+            a_damaged_register_and_a_silent_timer_are_seen,
+        ),
+        trial("a_stop_of_the_vm_is_told_from_other_gaps", a_stop_of_the_vm_is_told_from_other_gaps),
+        trial("commands_answer", commands_answer),
+        trial("ends_in_every_way", ends_in_every_way),
+        trial("exits_are_measured", exits_are_measured),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
+}
 
 /// Far beyond what anything here takes; a machine that is busy must not fail a test.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,13 +54,8 @@ struct Guest {
 }
 
 impl Guest {
-    /// Starts beacon; `None` where it cannot be.
-    fn start(test: &str, machine: &str, cpus: u32, options: &str) -> Option<Self> {
-        let qemu_is_there = Command::new("qemu-system-x86_64").arg("--version").output().is_ok();
-        if !qemu_is_there || !Path::new("/dev/kvm").exists() {
-            println!("skipped: {test}: needs qemu-system-x86_64 and /dev/kvm");
-            return None;
-        }
+    /// Starts beacon.
+    fn start(test: &str, machine: &str, cpus: u32, options: &str) -> Self {
         let folder = std::env::temp_dir()
             .join(format!("beacon-{test}-{}-{cpus}-{machine}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
@@ -69,7 +91,7 @@ impl Guest {
             }
         });
         let input = qemu.stdin.take().unwrap();
-        Some(Self { qemu, input, lines, folder })
+        Self { qemu, input, lines, folder }
     }
 
     /// The next event; every line must be one JSON object.
@@ -138,26 +160,16 @@ impl Drop for Guest {
     }
 }
 
-macro_rules! start {
-    ($test:literal, $machine:expr, $cpus:expr, $options:expr) => {
-        match Guest::start($test, $machine, $cpus, $options) {
-            Some(guest) => guest,
-            None => return,
-        }
-    };
-}
-
 fn exclusive() -> std::sync::MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-#[test]
 fn starts_works_and_ends_on_every_machine() {
     let _guard = exclusive();
     for machine in ["microvm", "pc"] {
         for cpus in [1, 2] {
             let options = "dirty=10000 ws=8 pattern=random report=200 runtime=1000";
-            let mut guest = start!("starts", machine, cpus, options);
+            let mut guest = Guest::start("starts", machine, cpus, options);
             let boot = guest.next().unwrap();
             assert_eq!((&boot["event"], &boot["version"]), (&"boot".into(), &1.into()));
             assert_eq!((&boot["cpus"], &boot["boot"]), (&cpus.into(), &"pvh".into()));
@@ -182,10 +194,9 @@ fn starts_works_and_ends_on_every_machine() {
     }
 }
 
-#[test]
 fn a_damaged_page_is_found_and_named() {
     let _guard = exclusive();
-    let mut guest = start!("damage", "microvm", 2, "ws=4 report=0");
+    let mut guest = Guest::start("damage", "microvm", 2, "ws=4 report=0");
     guest.wait_for("ready");
     guest.say("verify");
     assert_eq!(guest.wait_for("verified")["errors"], 0);
@@ -205,10 +216,9 @@ fn a_damaged_page_is_found_and_named() {
     assert_eq!(guest.wait_for("error")["input"], "poke 1024");
 }
 
-#[test]
 fn a_damaged_register_and_a_silent_timer_are_seen() {
     let _guard = exclusive();
-    let mut guest = start!("registers", "microvm", 2, "ws=1 report=0");
+    let mut guest = Guest::start("registers", "microvm", 2, "ws=1 report=0");
     let registers = guest.wait_for("boot")["fpu"].clone();
     guest.wait_for("ready");
     guest.say("flip");
@@ -228,10 +238,9 @@ fn a_damaged_register_and_a_silent_timer_are_seen() {
     assert_ne!(report["timer_stalls"], 0);
 }
 
-#[test]
 fn a_stop_of_the_vm_is_told_from_other_gaps() {
     let _guard = exclusive();
-    let mut guest = start!("stop", "microvm", 2, "ws=4 report=0");
+    let mut guest = Guest::start("stop", "microvm", 2, "ws=4 report=0");
     guest.wait_for("ready");
     for _ in 0..2 {
         guest.monitor("stop");
@@ -251,10 +260,9 @@ fn a_stop_of_the_vm_is_told_from_other_gaps() {
     assert_eq!(guest.wait_for("report")["switches"], 0);
 }
 
-#[test]
 fn commands_answer() {
     let _guard = exclusive();
-    let mut guest = start!("commands", "pc", 1, "ws=1 report=0 dirty=fast");
+    let mut guest = Guest::start("commands", "pc", 1, "ws=1 report=0 dirty=fast");
     assert_eq!(guest.wait_for("error")["option"], "dirty=fast");
     guest.wait_for("ready");
     guest.say("echo a \"quoted\" \\ text");
@@ -270,33 +278,31 @@ fn commands_answer() {
     assert!(guest.end().success());
 }
 
-#[test]
 fn ends_in_every_way() {
     let _guard = exclusive();
     for (command, machine) in [("triple", "microvm"), ("reboot", "pc"), ("reboot", "microvm")] {
-        let mut guest = start!("ends", machine, 2, "ws=1 report=0");
+        let mut guest = Guest::start("ends", machine, 2, "ws=1 report=0");
         guest.wait_for("ready");
         guest.say(command);
         guest.wait_for(command);
         assert!(guest.end().success(), "{command}");
     }
-    let mut guest = start!("button", "pc", 1, "ws=1 report=0");
+    let mut guest = Guest::start("button", "pc", 1, "ws=1 report=0");
     guest.wait_for("ready");
     guest.monitor("system_powerdown");
     guest.wait_for("power-button");
     assert!(guest.end().success());
 
-    let mut guest = start!("exception", "microvm", 2, "ws=1 report=0");
+    let mut guest = Guest::start("exception", "microvm", 2, "ws=1 report=0");
     guest.wait_for("ready");
     guest.say("exception");
     let exception = guest.wait_for("exception");
     assert_eq!((&exception["vector"], &exception["cpu"]), (&13.into(), &0.into()));
 }
 
-#[test]
 fn exits_are_measured() {
     let _guard = exclusive();
-    let mut guest = start!("exits", "microvm", 1, "mode=exits samples=50 then=poweroff");
+    let mut guest = Guest::start("exits", "microvm", 1, "mode=exits samples=50 then=poweroff");
     let exits = guest.wait_for("exits");
     assert_eq!(exits["samples"], 50);
     for kind in ["mmio", "pio"] {
