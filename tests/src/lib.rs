@@ -1,1 +1,41 @@
-//! Harness.
+//! End-to-end tests: the `minivmm` program in real processes, on real sockets, with real KVM.
+//!
+//! This library is what the tests in `tests/` share:
+//!
+//! ```text
+//!   Suite     which tests there are, and which of them this machine can run
+//!   Host      a runtime directory of its own and a place for files; runs commands to their end
+//!   Vm        a `minivmm run` or `restore` that goes on, with beacon's events as they come
+//!   Snapshot  a saved VM, opened with the library; Records, the same file as bytes to be damaged
+//! ```
+//!
+//! Nothing here sleeps: everything waits for output, an event or the end of a process, up to
+//! [`PATIENCE`], and then fails with what was seen until then. A test that cannot run here (no
+//! /dev/kvm, not root) is reported as ignored, never as passed.
+//!
+//! The program is `$MINIVMM_BIN`, else the `minivmm` beside the test's own executable, which
+//! `cargo build -p vmm` brings up to date (`cargo test -p tests` alone does not).
+// The whole crate is tests.
+#![allow(clippy::unwrap_used)]
+
+mod beacon;
+mod host;
+mod needs;
+mod process;
+mod snapshot;
+mod suite;
+mod vm;
+
+use std::time::Duration;
+
+pub use beacon::{assert_goes_on, number, Console};
+pub use host::{binary, Host};
+pub use needs::{huge_pages, kvm, namespaces, root, HugePages};
+pub use process::{finish, wait, Collected, Finished};
+pub use snapshot::{Records, Snapshot};
+pub use suite::Suite;
+pub use vm::Vm;
+
+/// How long anything may take. Generous, since the machine may be slow and shared; nothing takes
+/// so long unless it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,198 @@
+//! What the guest `beacon` says: one JSON object per line, and nothing else.
+
+use std::collections::VecDeque;
+use std::io::Read;
+use std::sync::mpsc::{sync_channel, Receiver, RecvTimeoutError};
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::PATIENCE;
+
+/// Lines that wait for the test. When a test does not look, the console's own bounds apply.
+const QUEUE: usize = 4096;
+/// Lines shown when a test fails.
+const SHOWN: usize = 30;
+
+/// Events that say that something is wrong with the guest.
+const ALARMS: [&str; 8] =
+    ["corrupt", "fpu", "timer-stalled", "tsc-back", "clock-back", "exception", "error", "warning"];
+
+/// Counters of a report that stay 0 in a healthy guest.
+const ERRORS: [&str; 5] = ["errors", "fpu_errors", "timer_stalls", "tsc_back", "clock_back"];
+
+enum Piece {
+    Line(String),
+    /// The output has ended; what came after the last newline.
+    End(String),
+}
+
+/// A guest's output, read on a thread of its own.
+#[derive(Debug)]
+pub struct Console {
+    pieces: Receiver<Piece>,
+    seen: VecDeque<String>,
+    tolerated: Vec<&'static str>,
+    /// The first line may be the second half of one.
+    begins_within: bool,
+    end: Option<String>,
+}
+
+impl Console {
+    /// Reads `output`. `head` is what an earlier console had of the first line.
+    pub fn new(mut output: impl Read + Send + 'static, head: &str) -> Self {
+        let (sender, pieces) = sync_channel(QUEUE);
+        let mut line = head.as_bytes().to_vec();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let read = move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = output.read(&mut buffer) {
+                for byte in &buffer[..count] {
+                    if *byte != b'\n' {
+                        line.push(*byte);
+                    } else if sender.send(Piece::Line(text(&std::mem::take(&mut line)))).is_err() {
+                        return;
+                    }
+                }
+            }
+            let _ = sender.send(Piece::End(text(&line)));
+        };
+        std::thread::Builder::new().name("console".into()).spawn(read).unwrap();
+        Self {
+            pieces,
+            seen: VecDeque::new(),
+            tolerated: Vec::new(),
+            begins_within: false,
+            end: None,
+        }
+    }
+
+    /// Allows the output to begin in the middle of a line, whose rest is left out.
+    pub fn may_begin_within_a_line(&mut self) {
+        self.begins_within = true;
+    }
+
+    /// Does not fail at events of this kind.
+    pub fn tolerate(&mut self, event: &'static str) {
+        self.tolerated.push(event);
+    }
+
+    /// The next event; `None` at the end of the output.
+    ///
+    /// # Panics
+    /// Nothing comes for [`PATIENCE`], a line is not JSON, or it says that the guest found
+    /// something wrong (unless tolerated).
+    #[track_caller]
+    pub fn next(&mut self) -> Option<Value> {
+        self.next_before(Instant::now() + PATIENCE).unwrap_or_else(|| {
+            panic!("nothing came for {PATIENCE:?}; the last lines:\n{}", self.log())
+        })
+    }
+
+    /// As [`Console::next`]; `None` at the deadline.
+    #[track_caller]
+    fn next_before(&mut self, deadline: Instant) -> Option<Option<Value>> {
+        if self.end.is_some() {
+            return Some(None);
+        }
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = match self.pieces.recv_timeout(left) {
+                Ok(Piece::Line(line)) => line,
+                Ok(Piece::End(tail)) => {
+                    self.end = Some(tail);
+                    return Some(None);
+                }
+                Err(RecvTimeoutError::Timeout) => return None,
+                Err(RecvTimeoutError::Disconnected) => panic!("the reading thread ended"),
+            };
+            let first = std::mem::take(&mut self.begins_within);
+            if self.seen.len() == SHOWN {
+                self.seen.pop_front();
+            }
+            self.seen.push_back(line);
+            let line = &self.seen[self.seen.len() - 1];
+            match serde_json::from_str::<Value>(line) {
+                Ok(event) if event.is_object() => {
+                    self.check(&event);
+                    return Some(Some(event));
+                }
+                _ if first => {}
+                _ => panic!("not a JSON object: {line:?}; the last lines:\n{}", self.log()),
+            }
+        }
+    }
+
+    #[track_caller]
+    fn check(&self, event: &Value) {
+        let kind = event["event"].as_str().unwrap_or_default();
+        let alarm = ALARMS.iter().any(|alarm| *alarm == kind && !self.tolerated.contains(alarm));
+        let bad = ERRORS
+            .iter()
+            .find(|name| kind == "report" && event[**name] != 0 && !self.tolerated.contains(*name));
+        assert!(
+            !alarm && bad.is_none(),
+            "the guest found an error; the last lines:\n{}",
+            self.log()
+        );
+    }
+
+    /// The first event that `wanted` says yes to; those before it are skipped.
+    ///
+    /// # Panics
+    /// It does not come within [`PATIENCE`]; see also [`Console::next`].
+    #[track_caller]
+    pub fn find(&mut self, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.next_before(deadline) {
+                Some(Some(event)) if wanted(&event) => return event,
+                Some(Some(_)) => {}
+                Some(None) => panic!("ended before {what}; the last lines:\n{}", self.log()),
+                None => panic!("no {what} within {PATIENCE:?}; the last lines:\n{}", self.log()),
+            }
+        }
+    }
+
+    /// The next event of a kind.
+    #[track_caller]
+    pub fn event(&mut self, kind: &str) -> Value {
+        self.find(kind, |event| event["event"] == kind)
+    }
+
+    /// Reads to the end; gives what came after the last newline.
+    #[track_caller]
+    pub fn to_end(&mut self) -> String {
+        while self.next().is_some() {}
+        self.end.clone().unwrap_or_default()
+    }
+
+    /// The last lines, for messages.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let mut text: String = self.seen.iter().map(|line| format!("  {line}\n")).collect();
+        if let Some(end) = &self.end {
+            text += &format!("  {end}<end>\n");
+        }
+        text
+    }
+}
+
+/// A number of an event.
+#[must_use]
+#[track_caller]
+pub fn number(event: &Value, name: &str) -> u64 {
+    event[name].as_u64().unwrap_or_else(|| panic!("no number {name} in {event}"))
+}
+
+/// Fails unless `after` is a report of the guest that gave `before`, some time later: nothing
+/// restarted, and everything went on.
+#[track_caller]
+pub fn assert_goes_on(before: &Value, after: &Value) {
+    for name in ["beats", "beats_min", "fpu_checks", "verified", "passes", "writes", "ticks"] {
+        let (old, new) = (number(before, name), number(after, name));
+        // A vCPU that stands still does not check its registers and its memory.
+        assert!(new > old, "{name} was {old} and is {new}: {after}");
+    }
+    assert!(number(after, "tsc") > number(before, "tsc"), "{after}");
+}

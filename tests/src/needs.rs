@@ -1,0 +1,74 @@
+//! What tests need of the machine beyond a processor.
+
+use std::fs::{self, File};
+use std::process::Command;
+
+use crate::suite::Need;
+
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+/// A /dev/kvm that this user may open.
+#[must_use]
+pub fn kvm() -> Need {
+    let device = File::options().read(true).write(true).open("/dev/kvm");
+    device.map(|_| ()).map_err(|error| format!("no /dev/kvm: {error}"))
+}
+
+/// The powers of root.
+#[must_use]
+pub fn root() -> Need {
+    if rustix::process::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err("needs root".into())
+    }
+}
+
+/// Mount namespaces, to hide a device or fill up a disk without touching the machine's own.
+#[must_use]
+pub fn namespaces() -> Need {
+    let mut unshare = Command::new("unshare");
+    let status = unshare.args(["-m", "--", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).output();
+    match status {
+        Ok(output) if output.status.success() => Ok(()),
+        _ => Err("needs mount namespaces".into()),
+    }
+}
+
+/// Huge pages can be reserved.
+#[must_use]
+pub fn huge_pages() -> Need {
+    HugePages::reserve(1).map(drop)
+}
+
+/// Huge pages of 2 MiB, reserved for a test and given back when dropped.
+#[derive(Debug)]
+pub struct HugePages {
+    before: String,
+}
+
+impl HugePages {
+    /// Reserves `pages` more than there are.
+    ///
+    /// # Errors
+    /// Not allowed, or not enough free memory in one piece.
+    pub fn reserve(pages: u64) -> Result<Self, String> {
+        let number = |text: &str| text.trim().parse::<u64>().unwrap();
+        let read = || fs::read_to_string(HUGE_PAGES).map_err(|e| format!("no huge pages: {e}"));
+        let before = read()?;
+        let wanted = number(&before) + pages;
+        fs::write(HUGE_PAGES, wanted.to_string()).map_err(|e| format!("no huge pages: {e}"))?;
+        // From here on the drop restores what was.
+        let reserved = Self { before };
+        if number(&read()?) < wanted {
+            return Err(format!("no memory for {pages} huge pages"));
+        }
+        Ok(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(HUGE_PAGES, &self.before);
+    }
+}

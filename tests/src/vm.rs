@@ -1,0 +1,158 @@
+//! A VM in a process of its own, with its console on pipes.
+
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+use serde_json::Value;
+
+use crate::beacon::{assert_goes_on, number, Console};
+use crate::process::{wait, Collected, Finished};
+use crate::PATIENCE;
+
+/// A running `minivmm run` or `minivmm restore`. Killed when dropped.
+#[derive(Debug)]
+pub struct Vm {
+    child: Child,
+    command: String,
+    input: Option<ChildStdin>,
+    /// The guest's events.
+    pub console: Console,
+    stderr: Collected,
+}
+
+impl Vm {
+    /// Starts `command`.
+    #[track_caller]
+    pub fn start(command: Command) -> Self {
+        Self::start_within(command, "")
+    }
+
+    /// Starts `command`, whose console continues after `head`, the beginning of a line.
+    #[track_caller]
+    pub fn start_within(mut command: Command, head: &str) -> Self {
+        let text = format!("{command:?}");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {text}: {error}"));
+        let console = Console::new(child.stdout.take().unwrap(), head);
+        let stderr = Collected::from(child.stderr.take().unwrap());
+        let input = child.stdin.take();
+        Self { child, command: text, input, console, stderr }
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the guest has begun its work.
+    #[track_caller]
+    pub fn ready(mut self) -> Self {
+        self.console.event("ready");
+        self
+    }
+
+    /// Types a command into the guest's console.
+    #[track_caller]
+    pub fn send(&mut self, line: &str) {
+        let input = self.input.as_mut().unwrap();
+        input.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+
+    /// Types `command` and waits for the event `answer`.
+    #[track_caller]
+    pub fn ask(&mut self, command: &str, answer: &str) -> Value {
+        self.send(command);
+        self.console.event(answer)
+    }
+
+    /// Asks for a report and waits for it. It is the first one that covers all that was typed
+    /// and seen before.
+    #[track_caller]
+    pub fn report(&mut self) -> Value {
+        // Reports that the guest makes by itself may be on their way.
+        self.ask("echo now", "echo");
+        self.ask("report", "report")
+    }
+
+    /// Lets the guest read all of its memory: no page is wrong.
+    #[track_caller]
+    pub fn verify(&mut self) -> Value {
+        let verified = self.ask("verify", "verified");
+        assert_eq!(verified["errors"], 0, "{verified}");
+        assert!(number(&verified, "pages") > 0, "{verified}");
+        verified
+    }
+
+    /// Waits until the guest has gone on after `before` in everything that it counts.
+    #[track_caller]
+    pub fn goes_on_after(&mut self, before: &Value) -> Value {
+        let counts = ["beats_min", "ticks", "passes", "writes"];
+        let on = |r: &Value| counts.iter().all(|name| number(r, name) > number(before, name));
+        let after = self.console.find("report of a guest that goes on", |event| {
+            event["event"] == "report" && on(event)
+        });
+        assert_goes_on(before, &after);
+        after
+    }
+
+    /// What it wrote to standard error so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.stderr.so_far()
+    }
+
+    /// Closes the guest's console input.
+    pub fn close_input(&mut self) {
+        self.input = None;
+    }
+
+    /// Ends the process with SIGKILL and waits for that.
+    pub fn kill_9(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Waits for the end. `stdout` has what came after the last newline.
+    ///
+    /// # Panics
+    /// It does not come within [`PATIENCE`].
+    #[track_caller]
+    pub fn end(&mut self) -> Finished {
+        let stdout = self.console.to_end();
+        let Some(status) = wait(&mut self.child, PATIENCE) else {
+            panic!("{} did not end:\n{}", self.command, self.log());
+        };
+        Finished {
+            command: self.command.clone(),
+            code: status.code(),
+            signal: status.signal(),
+            stdout,
+            stderr: self.stderr.all(),
+        }
+    }
+
+    /// Waits for the end, which is one with exit code 0.
+    #[track_caller]
+    pub fn ends_well(&mut self) -> Finished {
+        let finished = self.end();
+        assert_eq!(finished.code, Some(0), "{finished:#?}");
+        finished
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let stderr = self.stderr.all();
+            eprintln!("{}\n{}{stderr}", self.command, self.console.log());
+        }
+    }
+}
