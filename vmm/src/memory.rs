@@ -2,15 +2,16 @@
 //!
 //! Writes through [`GuestRam::memory`] mark the device bitmap after the write (`vm-memory` does
 //! so, for raw reads into guest memory too); what the guest writes is in KVM's dirty log.
-#![allow(unsafe_code)] // mapping and the memfd itself
+#![allow(unsafe_code)] // slices of the mapping, mincore, madvise
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::Path;
 
+use rustix::fs::{memfd_create, FallocateFlags, MemfdFlags, SeekFrom};
+use rustix::io::Errno;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -180,11 +181,11 @@ impl GuestRam {
         let mut found = Vec::new();
         let mut at = region.file_offset;
         while at < end {
-            let Some(data) = self.seek(at, libc::SEEK_DATA)? else { break };
+            let Some(data) = self.seek(SeekFrom::Data(at))? else { break };
             if data >= end {
                 break;
             }
-            let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+            let hole = self.seek(SeekFrom::Hole(data))?.unwrap_or(end).min(end);
             found.push((data - region.file_offset, hole - data));
             at = hole;
         }
@@ -200,33 +201,17 @@ impl GuestRam {
 
     /// Gives back `len` bytes at `offset` of the memfd: they read as zeros afterwards.
     pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        let (offset, len) =
-            (i64::try_from(offset).map_err(invalid)?, i64::try_from(len).map_err(invalid)?);
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: plain system call on a descriptor that we own; mappings of the range stay
-        // valid and read zeros.
-        let rc = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, len) };
-        if rc == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.file, mode, offset, len)?)
     }
 
-    fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>, MemoryError> {
-        let from = i64::try_from(from)
-            .map_err(|_| MemoryError::Populated(io::Error::from(io::ErrorKind::InvalidInput)))?;
-        // SAFETY: plain system call on a descriptor that we own; no memory is passed.
-        let at = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
-        if at >= 0 {
-            return Ok(u64::try_from(at).ok());
+    /// Offset of the next data or hole; `None` where nothing but a hole is left.
+    fn seek(&self, to: SeekFrom) -> Result<Option<u64>, MemoryError> {
+        match rustix::fs::seek(&self.file, to) {
+            Ok(at) => Ok(Some(at)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(MemoryError::Populated(error.into())),
         }
-        let error = io::Error::last_os_error();
-        if error.raw_os_error() == Some(libc::ENXIO) {
-            return Ok(None); // nothing but a hole up to the end
-        }
-        Err(MemoryError::Populated(error))
     }
 
     /// hugetlbfs knows no SEEK_DATA; all accesses go through this process' mapping, so its page
@@ -255,17 +240,11 @@ impl GuestRam {
 
 fn memfd(size: u64, hugepages: bool) -> Result<File, MemoryError> {
     let failed = |error| MemoryError::Memfd { size, error };
-    let mut flags = libc::MFD_CLOEXEC;
+    let mut flags = MemfdFlags::CLOEXEC;
     if hugepages {
-        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     }
-    // SAFETY: the name is a C string; the result is checked.
-    let fd = unsafe { libc::memfd_create(MEMFD_NAME.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(failed(io::Error::last_os_error()));
-    }
-    // SAFETY: the descriptor is fresh and ours alone.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = File::from(memfd_create(MEMFD_NAME, flags).map_err(|e| failed(e.into()))?);
     file.set_len(size).map_err(failed)?;
     Ok(file)
 }

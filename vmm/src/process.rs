@@ -1,13 +1,11 @@
 //! What the kernel says about this process and its threads.
-#![allow(unsafe_code)] // gettid
 
 use std::fs;
 
 /// Thread id of the caller.
 #[must_use]
 pub fn current_tid() -> u32 {
-    // SAFETY: no arguments, cannot fail.
-    u32::try_from(unsafe { libc::gettid() }).unwrap_or(0)
+    rustix::thread::gettid().as_raw_pid().unsigned_abs()
 }
 
 /// CPU time of a thread of this process, milliseconds (proc(5), schedstat); 0 where unknown.

@@ -2,12 +2,10 @@
 //!
 //! The file's format is in docs/PROTOCOL.md; its records are written and read by the `migration`
 //! crate. Here is what they hold for this VMM, and what is checked before memory is provided.
-#![allow(unsafe_code)] // memfd for the images that came with the file
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
-use std::os::fd::FromRawFd;
 use std::path::Path;
 
 use devices::Persist;
@@ -15,6 +13,8 @@ use migration::snapshot::{
     Blob, BlobSource, PendingSnapshot, SnapshotError, SnapshotReader, SnapshotSource,
 };
 use migration::stream::{BlobKind, Config, Machine as MachineRecord};
+
+use rustix::fs::{memfd_create, MemfdFlags};
 
 use crate::boot::Image;
 use crate::config::VmConfig;
@@ -152,13 +152,7 @@ impl Loader {
 
 /// An image as an anonymous file, so that it is paged like one.
 fn keep(what: &'static str, data: &[u8]) -> io::Result<Image> {
-    // SAFETY: the name is a C string; the result is checked.
-    let fd = unsafe { libc::memfd_create(c"minivmm-image".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is fresh and ours alone.
-    let mut file = unsafe { File::from_raw_fd(fd) };
+    let mut file = File::from(memfd_create("minivmm-image", MemfdFlags::CLOEXEC)?);
     file.write_all(data)?;
     Image::from_file(&format!("(saved {what})"), file)
 }

@@ -1,5 +1,5 @@
 //! The machine's memory as the migration engine sees it.
-#![allow(unsafe_code)] // madvise, fallocate
+#![allow(unsafe_code)] // madvise
 
 use std::io;
 use std::sync::Arc;
