@@ -126,6 +126,7 @@ fn run_machine(
     media: BootMedia,
     saved: Option<SavedParts>,
 ) -> Result<RunEnd, RunError> {
+    let _pidfile = process.pidfile.as_deref().map(Pidfile::create).transpose()?;
     let events = EventLog::default();
     let (console, writer) = Console::open(&config.console, &name.console_paths())?;
     let on_reboot = config.on_reboot;
@@ -149,7 +150,6 @@ fn run_machine(
         events.push("created", json!({ "pid": std::process::id(), "restored": restored }));
         wire_console(&console, &machine);
         let api = api::serve(name.listen()?, Arc::clone(&handle) as _).map_err(RunError::Api)?;
-        let _pidfile = process.pidfile.as_deref().map(Pidfile::create).transpose()?;
         let ending = Arc::clone(&machine);
         on_termination(move |_| ending.kill()).map_err(RunError::Signals)?;
         if !process.paused {

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use super::size::format_size;
+use crate::cpu::CpuError;
+
 use super::{MAX_CMDLINE, MAX_CPUS, MAX_NAME, MIN_MEMORY};
 
 /// A configuration that is refused.
@@ -55,15 +57,9 @@ pub enum ConfigError {
     #[error("{0} vCPUs are not possible: use 1 to {MAX_CPUS}")]
     CpusOutOfRange(String),
 
-    /// No such CPU model.
-    #[error(
-        "{0:?} is not a CPU model: use host, x86-64-v2, x86-64-v3 or x86-64-v4, \
-         then features as in host,+aes,-rdrand"
-    )]
-    CpuModel(String),
-    /// Not `+feature` or `-feature`.
-    #[error("{0:?} is not a CPU feature: write +NAME to add one or -NAME to leave one out, separated by commas")]
-    CpuFeature(String),
+    /// Not a CPU model with features.
+    #[error(transparent)]
+    Cpu(CpuError),
 
     /// No such kind of console.
     #[error("{0:?} is not a console: use stdio, pty, socket or file:PATH")]

@@ -16,9 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use error::ConfigError;
 pub use options::{HostLimits, ProcessSettings, RestoreSettings, RunOptions, RunSettings};
 pub use size::{format_size, parse_size};
-pub use value::{
-    parse_cmdline, parse_cpu, parse_cpus, parse_name, parse_path, CpuModel, CpuSpec, LogConfig,
-};
+pub use value::{parse_cmdline, parse_cpu, parse_cpus, parse_name, parse_path, LogConfig};
 
 /// Longest name of a VM, characters.
 pub const MAX_NAME: usize = 64;

@@ -387,7 +387,7 @@ mod tests {
         let bad = VmConfig { cpus: 0, ..good.clone() };
         assert!(matches!(refused(bad), ConfigError::CpusOutOfRange(_)));
         let bad = VmConfig { cpu: "pentium".into(), ..good.clone() };
-        assert!(matches!(refused(bad), ConfigError::CpuModel(_)));
+        assert!(matches!(refused(bad), ConfigError::Cpu(_)));
         let bad = VmConfig { cmdline: "\0".into(), ..good };
         assert!(matches!(refused(bad), ConfigError::CmdlineNul(0)));
     }
