@@ -1,5 +1,6 @@
 //! Samples, their medians, and the tables that show them.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use serde_json::{json, Value};
@@ -167,14 +168,15 @@ pub fn markdown(rows: &[Row]) -> String {
         "| bench | what | unit, better | minivmm | target | beside it | its figure | minivmm / it |\n\
          |---|---|---|---|---|---|---|---|\n",
     );
-    let mut missing: Vec<String> = Vec::new();
-    let mut note = |who: &str, row: &Row, figure: &Figure| {
+    // Mostly one reason for many figures.
+    let mut missing = BTreeSet::new();
+    let mut note = |bench: &str, who: &str, figure: &Figure| {
         if let Figure::Missing(why) = figure {
-            missing.push(format!("{}, {who}: {why}", row.what));
+            missing.insert(format!("{bench}, {who}: {why}"));
         }
     };
     for row in rows {
-        note("minivmm", row, &row.minivmm);
+        note(row.bench, "minivmm", &row.minivmm);
         let mut head = format!(
             "| {} | {} | {}, {} | {} | {} |",
             row.bench,
@@ -188,14 +190,14 @@ pub fn markdown(rows: &[Row]) -> String {
             let _ = writeln!(text, "{head} | | |");
         }
         for (name, figure) in &row.peers {
-            note(name, row, figure);
+            note(row.bench, name, figure);
             let ratio = row.ratio(figure).map_or("n/a".to_owned(), |r| format!("{r:.2}"));
             let _ = writeln!(text, "{head} {name} | {} | {ratio} |", figure.show(row.digits));
             "| | | | | |".clone_into(&mut head);
         }
     }
     for line in missing {
-        let _ = write!(text, "\nn/a: {line}");
+        let _ = write!(text, "\nn/a: {line}.");
     }
     text
 }
@@ -262,7 +264,7 @@ mod tests {
                 "| start | time | ms, lower | 2.0 (1.0 to 3.0) | ≤ 2: met | QEMU | 6.0 (4.0 to 8.0) | 0.33 |",
                 "| | | | | | other | n/a | n/a |",
                 "",
-                "n/a: time, other: not there",
+                "n/a: start, other: not there.",
             ]
         );
     }

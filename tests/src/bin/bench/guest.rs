@@ -112,7 +112,9 @@ impl Tools {
                 Guest::start(command, Wiring::Console)
             }
             Vmm::QemuRom | Vmm::QemuFirmware => {
-                Guest::start(self.qemu_command(vmm, setup), Wiring::Console)
+                let mut command = self.qemu_command(vmm, setup);
+                command.args(["-serial", "stdio"]);
+                Guest::start(command, Wiring::Console)
             }
         }
     }
@@ -127,6 +129,7 @@ impl Tools {
     /// Boots beacon in QEMU with a monitor, or has QEMU wait for `incoming`.
     pub fn qemu_with_monitor(&self, setup: &Setup, incoming: Option<&str>) -> Result<Guest> {
         let mut command = self.qemu_command(Vmm::QemuRom, setup);
+        command.args(["-qmp", "stdio", "-serial", "file:/dev/stderr"]);
         if let Some(from) = incoming {
             command.args(["-incoming", from]);
         }
@@ -164,7 +167,9 @@ impl Drop for Tools {
 
 fn qemu_version() -> std::result::Result<String, String> {
     let output = Command::new(QEMU).arg("--version").output();
-    let output = output.map_err(|error| format!("{QEMU} does not start: {error}"))?;
+    let output = output.map_err(|error| {
+        format!("{QEMU} does not start ({error}); on Debian it is in the package qemu-system-x86")
+    })?;
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text.lines().next().unwrap_or("QEMU of unknown version").to_owned())
 }
@@ -208,15 +213,9 @@ pub struct Guest {
 impl Guest {
     fn start(mut command: Command, wiring: Wiring) -> Result<Self> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        match wiring {
-            // What it has to say is for who watches.
-            Wiring::Console if is_qemu(&command) => command.args(["-serial", "stdio"]),
-            Wiring::Console => &mut command,
-            Wiring::Monitor => {
-                command.args(["-qmp", "stdio", "-serial", "file:/dev/stderr"]);
-                command.stderr(Stdio::piped())
-            }
-        };
+        if matches!(wiring, Wiring::Monitor) {
+            command.stderr(Stdio::piped());
+        }
         let (begun, begun_wall) = (Instant::now(), SystemTime::now());
         let begun_tsc = vmm::kvm::host_tsc();
         let mut process = command.spawn()?;
@@ -243,6 +242,7 @@ impl Guest {
             };
             match line.event["event"].as_str() {
                 Some(found) if found == kind => return Ok(line),
+                // Not `fpu`: QEMU loses vector registers on some hosts, which costs no time.
                 Some("corrupt" | "tsc-back" | "clock-back" | "exception" | "panic") => {
                     return Err(text.into());
                 }
@@ -278,10 +278,6 @@ impl Drop for Guest {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn is_qemu(command: &Command) -> bool {
-    command.get_program() == QEMU
 }
 
 /// Reads lines on a thread of its own, so that their times are those of their arrival. The thread

@@ -29,7 +29,10 @@ Usage: bench [--quick] [--json FILE] [--dir DIR] [BENCH...]
   --quick      fewer runs and less memory, for a look
   --json FILE  write all samples to FILE
   --dir DIR    where VMs are saved: the file system that is measured
-               [default: beside this program]";
+               [default: beside this program]
+
+Needs 3 GiB of memory and 2.5 GiB of disk. With nothing else to do, the machine gives figures that can
+be compared; each table says how busy it was.";
 
 type Run = fn(&Bench) -> Result<Vec<Row>>;
 

@@ -40,8 +40,23 @@ fn named(name: &str, figure: &Figure) -> (String, Figure) {
     (name.to_owned(), figure.clone())
 }
 
+/// The two steps of bringing something to the disk, from the same begin, and how much it was.
+#[derive(Debug, Clone, Copy)]
+struct Written {
+    /// Until all was handed to the kernel.
+    cached_ms: f64,
+    /// Until fsync was done.
+    synced_ms: f64,
+    mib: f64,
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
 /// Copies a file as plainly as can be: blocks of 1 MiB, then fsync.
-fn copy_plainly(from: &Path, to: &Path) -> Result<Duration> {
+fn copy_plainly(from: &Path, to: &Path) -> Result<Written> {
+    remove(to)?;
     let begin = Instant::now();
     let (mut input, mut output) = (File::open(from)?, File::create(to)?);
     let mut block = vec![0; BLOCK];
@@ -52,8 +67,9 @@ fn copy_plainly(from: &Path, to: &Path) -> Result<Duration> {
         }
         output.write_all(&block[..length])?;
     }
+    let cached_ms = ms(begin);
     output.sync_all()?;
-    Ok(begin.elapsed())
+    Ok(Written { cached_ms, synced_ms: ms(begin), mib: mib(to)? })
 }
 
 /// Reads a file into fresh guest memory and does nothing else: no restore that fills memory can be
@@ -113,8 +129,8 @@ fn qemu(bench: &Bench, setup: &Setup) -> std::result::Result<Guest, String> {
     boot().map_err(|error| error.to_string())
 }
 
-/// QEMU's time to write a stopped guest to a file that is on the disk afterwards.
-fn qemu_save(guest: &mut Guest, file: &Path) -> Result<Duration> {
+/// QEMU writes a stopped guest to a file.
+fn qemu_save(guest: &mut Guest, file: &Path) -> Result<Written> {
     remove(file)?;
     let monitor = guest.qmp()?;
     // A VM that was migrated goes on before it is migrated again.
@@ -122,17 +138,22 @@ fn qemu_save(guest: &mut Guest, file: &Path) -> Result<Duration> {
     monitor.command("stop", json!({}))?;
     let begin = Instant::now();
     monitor.migrate_to(path_text(file)?)?;
+    let cached_ms = ms(begin);
     sync(file)?;
-    Ok(begin.elapsed())
+    Ok(Written { cached_ms, synced_ms: ms(begin), mib: mib(file)? })
 }
+
+/// Who writes, in the order of the columns.
+const WRITERS: [&str; 3] = ["minivmm", "plain copy", "QEMU microvm"];
 
 /// Saving a running VM.
 pub fn save(bench: &Bench) -> Result<Vec<Row>> {
     let setup = full(bench);
     let folder = &bench.tools.data;
-    let (file, copy) = (folder.join("saved"), folder.join("copy"));
+    let (file, copy, peer_file) = (folder.join("saved"), folder.join("copy"), folder.join("qemu"));
     let mut minivmm = bench.tools.boot(Vmm::Minivmm, "save", &setup)?;
     minivmm.event("ready")?;
+    minivmm_save(bench, "save", &file)?;
     // Only who is measured may run.
     bench.tools.minivmm_json(&["pause", "save"])?;
     let mut peer = qemu(bench, &setup);
@@ -140,45 +161,58 @@ pub fn save(bench: &Bench) -> Result<Vec<Row>> {
         guest.qmp()?.command("stop", json!({}))?;
     }
 
-    let [mut total, mut rate, mut paused, mut plain, mut plain_rate, mut other, mut other_rate] =
-        std::array::from_fn(|_| Figure::new());
-    for run in 0..=bench.runs() {
-        bench.run(run, bench.runs());
-        bench.tools.minivmm_json(&["resume", "save"])?;
-        let report = minivmm_save(bench, "save", &file)?;
-        bench.tools.minivmm_json(&["pause", "save"])?;
-        let size = number(&report, "file_bytes")? / MIB;
-        remove(&copy)?;
-        let copied = copy_plainly(&file, &copy)?;
-        let by_peer = match &mut peer {
-            Ok(guest) => qemu_save(guest, &copy)
-                .and_then(|took| Ok((took, mib(&copy)?)))
-                .map_err(|error| error.to_string()),
-            Err(why) => Err(why.clone()),
-        };
-        if run == 0 {
-            continue;
+    let mut figures: [[Figure; 3]; 3] =
+        std::array::from_fn(|_| std::array::from_fn(|_| Figure::new()));
+    // Each comes first, second and third equally often: a disk that was just written to may be
+    // slower, or faster, than one that rested.
+    let runs = bench.runs().next_multiple_of(WRITERS.len());
+    for run in 0..=runs {
+        bench.run(run, runs);
+        for turn in 0..WRITERS.len() {
+            let who = (run + turn) % WRITERS.len();
+            let written = match (who, &mut peer) {
+                (0, _) => minivmm_save_running(bench, "save", &file),
+                (1, _) => copy_plainly(&file, &copy),
+                (_, Ok(guest)) => qemu_save(guest, &peer_file),
+                (_, Err(why)) => Err(why.clone().into()),
+            };
+            // What is ours must work.
+            let written = match (who, written) {
+                (0 | 1, Err(error)) => return Err(error),
+                (_, written) => written.map_err(|error| error.to_string()),
+            };
+            if run > 0 {
+                let of = |f: fn(&Written) -> f64| written.as_ref().map(f).map_err(Clone::clone);
+                figures[0][who].add(of(|w| w.cached_ms));
+                figures[1][who].add(of(|w| w.synced_ms));
+                figures[2][who].add(of(|w| w.mib / w.synced_ms * 1e3));
+            }
         }
-        total.add(Ok(number(&report, "total_ms")?));
-        rate.add(Ok(size / number(&report, "total_ms")? * 1e3));
-        paused.add(Ok(number(&report, "paused_ms")?));
-        plain.add(Ok(copied.as_secs_f64() * 1e3));
-        plain_rate.add(Ok(size / copied.as_secs_f64()));
-        other.add(by_peer.clone().map(|(took, _)| took.as_secs_f64() * 1e3));
-        other_rate.add(by_peer.map(|(took, size)| size / took.as_secs_f64()));
     }
-    let peers = |plain: &Figure, other: &Figure| {
-        vec![named("plain copy", plain), named(Vmm::QemuRom.name(), other)]
-    };
-    let what = format!("save of {:.0} MiB, on the disk", mib(&file)?);
-    let times = row("save", &what, "ms", Better::Lower);
-    let rates = row("save", &what, "MiB/s", Better::Higher);
-    let stopped = row("save", "the part of it in which the guest stands", "ms", Better::Lower);
-    Ok(vec![
-        Row { minivmm: total, peers: peers(&plain, &other), ..times },
-        Row { minivmm: rate, peers: peers(&plain_rate, &other_rate), ..rates },
-        Row { minivmm: paused, ..stopped },
-    ])
+    let size = format!("save of {:.0} MiB", mib(&file)?);
+    let rows = [
+        (format!("{size}, written (until then the guest stands)"), "ms", Better::Lower),
+        (format!("{size}, on the disk"), "ms", Better::Lower),
+        (format!("{size}, on the disk"), "MiB/s", Better::Higher),
+    ];
+    let rows = rows.into_iter().zip(figures).map(|((what, unit, better), figures)| {
+        let [minivmm, peers @ ..] = figures;
+        let peers = WRITERS[1..].iter().map(|name| (*name).to_owned()).zip(peers).collect();
+        Row { minivmm, peers, ..row("save", &what, unit, better) }
+    });
+    Ok(rows.collect())
+}
+
+/// As [`minivmm_save`], of a VM that is paused before and after.
+fn minivmm_save_running(bench: &Bench, name: &str, file: &Path) -> Result<Written> {
+    bench.tools.minivmm_json(&["resume", name])?;
+    let report = minivmm_save(bench, name, file)?;
+    bench.tools.minivmm_json(&["pause", name])?;
+    Ok(Written {
+        cached_ms: number(&report, "paused_ms")?,
+        synced_ms: number(&report, "total_ms")?,
+        mib: number(&report, "file_bytes")? / MIB,
+    })
 }
 
 /// From exec of `minivmm restore` until the guest runs, ms; as the VM's own event log says.
@@ -222,13 +256,12 @@ pub fn restore(bench: &Bench) -> Result<Vec<Row>> {
         save(&mut guest).map_err(|error| error.to_string())
     });
 
-    let [mut mine, mut rate, mut plain, mut limit, mut other] =
+    let [mut mine, mut rate, mut cached, mut plain, mut limit, mut other] =
         std::array::from_fn(|_| Figure::new());
     let size = mib(&file)?;
     for run in 0..=bench.runs() {
         bench.run(run, bench.runs());
         let took = minivmm_restore_ms(bench, &file, "restore")?;
-        remove(&copy)?;
         let copied = copy_plainly(&file, &copy)?;
         let read = read_into_fresh_memory(&file)?;
         let by_peer = match &peer {
@@ -240,7 +273,8 @@ pub fn restore(bench: &Bench) -> Result<Vec<Row>> {
         }
         mine.add(Ok(took));
         rate.add(Ok(size / took * 1e3));
-        plain.add(Ok(copied.as_secs_f64() * 1e3));
+        cached.add(Ok(copied.cached_ms));
+        plain.add(Ok(copied.synced_ms));
         limit.add(Ok(read.as_secs_f64() * 1e3));
         other.add(by_peer);
     }
@@ -249,7 +283,8 @@ pub fn restore(bench: &Bench) -> Result<Vec<Row>> {
         Row {
             minivmm: mine,
             peers: vec![
-                named("plain copy", &plain),
+                named("plain copy, with fsync", &plain),
+                named("plain copy, without", &cached),
                 named("plain read into fresh memory", &limit),
                 named(Vmm::QemuRom.name(), &other),
             ],
@@ -278,16 +313,9 @@ pub fn sparse(bench: &Bench) -> Result<Vec<Row>> {
     for run in 0..=bench.runs() {
         bench.run(run, bench.runs());
         for (name, figures) in NAMES.into_iter().zip(&mut figures) {
-            bench.tools.minivmm_json(&["resume", name])?;
-            let report = minivmm_save(bench, name, &file)?;
-            bench.tools.minivmm_json(&["pause", name])?;
+            let saved = minivmm_save_running(bench, name, &file)?;
             let restored = minivmm_restore_ms(bench, &file, "restored")?;
-            let samples = [
-                number(&report, "paused_ms")?,
-                number(&report, "total_ms")?,
-                number(&report, "file_bytes")? / MIB,
-                restored,
-            ];
+            let samples = [saved.cached_ms, saved.synced_ms, saved.mib, restored];
             if run > 0 {
                 figures.iter_mut().zip(samples).for_each(|(figure, sample)| figure.add(Ok(sample)));
             }
