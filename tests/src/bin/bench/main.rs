@@ -132,7 +132,7 @@ fn bench(options: Options) -> Result<()> {
     let qemu = bench.tools.qemu.clone().unwrap_or_else(|why| format!("no QEMU: {why}"));
     println!("{}", figures::markdown(&rows));
     println!(
-        "Medians (minimum to maximum) of {} runs, start-up of {}, in turn; {}.",
+        "Medians (minimum to maximum) of at least {} runs, start-up of {}, in turn; {}.",
         bench.runs(),
         boot::start_runs(&bench),
         qemu

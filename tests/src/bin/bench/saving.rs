@@ -72,8 +72,8 @@ fn copy_plainly(from: &Path, to: &Path) -> Result<Written> {
     Ok(Written { cached_ms, synced_ms: ms(begin), mib: mib(to)? })
 }
 
-/// Reads a file into fresh guest memory and does nothing else: no restore that fills memory can be
-/// faster than this on one thread.
+/// Reads a file into fresh guest memory through its mapping and does nothing else: what a restore
+/// without checks would be.
 fn read_into_fresh_memory(file: &Path) -> Result<Duration> {
     let begin = Instant::now();
     let file = File::open(file)?;
