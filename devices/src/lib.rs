@@ -27,6 +27,7 @@ pub mod power;
 pub mod serial;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod test_utils;
+pub mod virtio;
 
 pub use acpi_pm::AcpiPm;
 pub use bus::{Bus, BusDevice, BusError};
