@@ -29,6 +29,7 @@ pub mod ids;
 mod interrupt;
 pub mod mmio;
 mod queue;
+pub mod rng;
 #[cfg(test)]
 mod test_utils;
 pub mod volatile_io;
