@@ -121,6 +121,32 @@ impl<'a, M: GuestMemory> Context<'a, M> {
             .map_err(|error| DeviceError::Queue { index, error })
     }
 
+    /// Gives several chains (head, bytes written) back, which the driver sees all at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`VirtQueue::push_all`].
+    pub fn push_all(&mut self, index: usize, chains: &[(u16, u32)]) -> Result<(), DeviceError> {
+        self.queues[index]
+            .push_all(self.memory, chains)
+            .map_err(|error| DeviceError::Queue { index, error })
+    }
+
+    /// Takes back the last `chains` calls of [`Context::pop`]: they will come again.
+    ///
+    /// # Errors
+    ///
+    /// As [`VirtQueue::undo_pop`].
+    pub fn undo_pop(&mut self, index: usize, chains: u16) -> Result<(), DeviceError> {
+        self.queues[index].undo_pop(chains).map_err(|error| DeviceError::Queue { index, error })
+    }
+
+    /// Whether queue `index` is there and set up.
+    #[must_use]
+    pub fn is_ready(&self, index: usize) -> bool {
+        self.queues.get(index).is_some_and(VirtQueue::is_ready)
+    }
+
     /// Raises the interrupt if the driver wants to hear of what was given back.
     ///
     /// # Errors

@@ -22,6 +22,7 @@
 //! A guest that breaks the rules of its queues breaks the device it broke them with: the device
 //! stops with DEVICE_NEEDS_RESET, it is counted, and the driver may reset it and begin again.
 
+pub mod balloon;
 pub mod block;
 mod buffers;
 mod device;

@@ -8,7 +8,7 @@ use std::sync::atomic::{fence, Ordering};
 
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::bitmap::BS;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
 use super::Buffers;
 
@@ -287,7 +287,28 @@ impl VirtQueue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
-        self.rings()?.add_used(memory, head, written).map_err(ring_error)
+        self.push_all(memory, &[(head, written)])
+    }
+
+    /// Gives several chains back, which the driver sees all at once: those of one frame.
+    pub fn push_all<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        chains: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let rings = self.rings()?;
+        let used = rings.used_ring();
+        let mut next = rings.next_used();
+        for (head, written) in chains {
+            let slot = used + RING_HEADER + 8 * u64::from(next % rings.size());
+            // Head, then length, each of 32 bits.
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            memory.write_obj(element.to_le(), GuestAddress(slot)).map_err(memory_error)?;
+            next = next.wrapping_add(1);
+        }
+        rings.set_next_used(next);
+        // After the entries, for a driver on another CPU.
+        memory.store(next.to_le(), GuestAddress(used + 2), Ordering::Release).map_err(memory_error)
     }
 
     /// Asks the driver to notify of new chains. True when there is one already.
@@ -318,7 +339,7 @@ impl VirtQueue {
             memory
                 .load::<u16>(GuestAddress(available + offset), Ordering::Relaxed)
                 .map(u16::from_le)
-                .map_err(|error| QueueError::Rings(error.to_string()))
+                .map_err(memory_error)
         };
         if !event_idx {
             return Ok(load(0)? & AVAIL_F_NO_INTERRUPT == 0);
@@ -350,5 +371,9 @@ impl VirtQueue {
 }
 
 fn ring_error(error: virtio_queue::Error) -> QueueError {
+    QueueError::Rings(error.to_string())
+}
+
+fn memory_error(error: GuestMemoryError) -> QueueError {
     QueueError::Rings(error.to_string())
 }

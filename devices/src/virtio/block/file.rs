@@ -15,7 +15,7 @@ use super::{BlockBackend, DiskLock, LockError, LockMode, SECTOR};
 use crate::virtio::{volatile_io, Buffers};
 
 /// Zeros for file systems that cannot zero a range by themselves.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -105,7 +105,7 @@ impl<D: VirtioDevice, M: GuestMemory + Send + Sync + 'static> Handle<D, M> {
         loop {
             // The lock is given up in between, for a reset or a look at the configuration.
             let progress = self.with_queues(|device, context| {
-                if !context.queues.get(index).is_some_and(|queue| queue.is_ready()) {
+                if !context.is_ready(index) {
                     return Ok(None);
                 }
                 if std::mem::take(&mut first) {
