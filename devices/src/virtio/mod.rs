@@ -25,6 +25,7 @@
 pub mod balloon;
 pub mod block;
 mod buffers;
+pub mod console;
 mod device;
 mod gate;
 pub mod ids;
