@@ -31,6 +31,7 @@ mod gate;
 pub mod ids;
 mod interrupt;
 pub mod mmio;
+pub mod net;
 mod queue;
 pub mod rng;
 #[cfg(test)]

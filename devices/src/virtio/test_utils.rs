@@ -1,5 +1,7 @@
 //! The other side: a guest's driver, in a little memory, that keeps the rules or breaks them.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{mpsc, Arc};
 

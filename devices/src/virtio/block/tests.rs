@@ -31,11 +31,11 @@ fn the_guest_learns_what_disk_it_is() {
     assert_eq!(u32::from_le_bytes(driver.config(12)), 254, "buffers of a request");
     assert_eq!(u32::from_le_bytes(driver.config(20)), 512);
     assert_eq!(driver.config::<1>(56), [1]);
-    let features = driver.offered() & 0xFFFF_FF;
+    let features = driver.offered() & 0x00FF_FFFF;
     assert_eq!(features, 1 << 1 | 1 << 2 | 1 << 6 | 1 << 9 | 1 << 13 | 1 << 14);
     let read_only = RamDisk { read_only: true, ..RamDisk::new(1) };
     let mut driver = Driver::idle(block(read_only));
-    assert_eq!(driver.offered() & 0xFFFF_FF, 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6);
+    assert_eq!(driver.offered() & 0x00FF_FFFF, 1 << 1 | 1 << 2 | 1 << 5 | 1 << 6);
 }
 
 #[test]
