@@ -189,7 +189,8 @@ impl<'a, M: GuestMemory> Context<'a, M> {
         index: usize,
         mut serve: impl FnMut(&Chain<'a, M>) -> Result<u32, DeviceError>,
     ) -> Result<Progress, DeviceError> {
-        let (mut served, mut unsignalled) = (0, 0);
+        // Requests in all; of them those that the driver was not told of, and their bytes.
+        let (mut served, mut untold, mut untold_bytes) = (0, 0, 0);
         self.queues[index]
             .disable_notification(self.memory)
             .map_err(|error| DeviceError::Queue { index, error })?;
@@ -199,14 +200,16 @@ impl<'a, M: GuestMemory> Context<'a, M> {
                 let written = serve(&chain)?;
                 self.push(index, chain.head(), written)?;
                 served += 1;
-                unsignalled += chain.readable.len() + chain.writable.len();
-                if unsignalled >= BATCH_BYTES {
+                untold += 1;
+                untold_bytes += chain.readable.len() + chain.writable.len();
+                if untold_bytes >= BATCH_BYTES {
                     self.signal(index)?;
-                    unsignalled = 0;
+                    (untold, untold_bytes) = (0, 0);
                 }
             }
-            if served > 0 {
+            if untold > 0 {
                 self.signal(index)?;
+                (untold, untold_bytes) = (0, 0);
             }
             // Whoever reopens a closed gate has every queue looked at again; until then the
             // driver's notifications are welcome.

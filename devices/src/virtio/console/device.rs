@@ -242,6 +242,9 @@ mod tests {
         assert!(driver.is_dirty(DATA));
         assert_eq!(driver.line.take(), 1);
 
+        driver.run(RECEIVE);
+        assert_eq!(calls.load(Ordering::SeqCst), 1, "everything was taken");
+
         assert_eq!(receive(&driver, b"ij"), Some(0));
         let third = driver.add(RECEIVE, &[(DATA, 64, WRITE)]);
         driver.run(RECEIVE);

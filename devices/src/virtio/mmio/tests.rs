@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -305,6 +306,65 @@ fn after_a_restore_the_driver_is_notified_even_if_nothing_was_pending() {
     let there = Driver::idle(Probe::default()).moved(Probe::default());
     there.handle.raise_pending();
     assert_eq!(there.line.take(), 0);
+}
+
+#[test]
+fn a_broken_device_is_still_broken_elsewhere_and_the_driver_hears_of_it() {
+    let mut here = live();
+    here.add(0, &[(MEMORY_SIZE, 1, 0)]);
+    here.run(0);
+    let mut there = here.moved(Probe::default());
+    assert!(there.needs_reset());
+    there.handle.raise_pending();
+    assert_eq!((there.line.take(), there.get(reg::INTERRUPT_STATUS)), (1, 2));
+    there.handle.resume();
+    there.run(0);
+    assert!(there.used(0).is_empty());
+}
+
+#[test]
+fn a_long_batch_tells_the_driver_on_the_way_and_no_more_than_once_for_each_piece() {
+    let mut driver = Driver::live(Probe::default(), features::RING_EVENT_IDX);
+    // Twice what is told in one go, in four requests.
+    for _ in 0..4 {
+        driver.add(0, &[(DATA, 4, 0), (SEAM, 64 << 10, WRITE)]);
+    }
+    driver.run(0);
+    assert_eq!((driver.used(0).len(), driver.line.take()), (4, 2));
+}
+
+#[test]
+fn resets_while_the_worker_is_at_work() {
+    let mut driver = live();
+    let handle = driver.handle.clone();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                handle.process_queue(0);
+            }
+        });
+        for round in 0..200_u32 {
+            driver.negotiate(0);
+            driver.set_up_queues();
+            driver.set(reg::STATUS, 15);
+            driver.memory.write_obj_at(DATA, round);
+            let head = driver.add(0, &REQUEST);
+            let used = loop {
+                let used = driver.used(0);
+                if !used.is_empty() {
+                    break used;
+                }
+                std::thread::yield_now();
+            };
+            assert_eq!(used, [(head, 4)]);
+            assert_eq!(driver.peek(DATA + 0x1000, 4), round.to_le_bytes());
+            // One more that the reset may meet under way.
+            driver.add(0, &REQUEST);
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+    assert!(!driver.needs_reset());
 }
 
 #[test]
