@@ -13,6 +13,8 @@
 //! | `metrics.rs` | what it counts |
 //! | `test_utils.rs` | what its tests need |
 //!
+//! Virtio devices share their transport and queues: see [`virtio`].
+//!
 //! Restoring a device raises no interrupt, since the interrupt controllers may be restored after
 //! it. When all state is in place, `raise_pending` of each device repeats the edge of an interrupt
 //! that is still unserved: what was on its way in an eventfd is in nobody's state.
