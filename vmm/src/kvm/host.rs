@@ -93,14 +93,13 @@ impl KvmError {
 }
 
 /// Capabilities without which nothing works here.
-const NEEDED: [(Cap, &str); 9] = [
+const NEEDED: [(Cap, &str); 8] = [
     (Cap::Irqchip, "in-kernel irqchip"),
     (Cap::UserMemory, "user memory slots"),
     (Cap::Pit2, "PIT"),
     (Cap::Irqfd, "irqfd"),
     (Cap::Ioeventfd, "ioeventfd"),
     (Cap::ImmediateExit, "immediate_exit"),
-    (Cap::Xcrs, "XCR access"),
     (Cap::AdjustClock, "clock access"),
     (Cap::VcpuEvents, "vCPU events"),
 ];

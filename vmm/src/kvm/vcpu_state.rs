@@ -337,8 +337,11 @@ impl Persist for VcpuKvm {
         fd.set_mp_state(state.mp_state).map_err(self.failed("writing MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(self.failed("writing registers"))?;
         fd.set_sregs(&state.sregs).map_err(self.failed("writing special registers"))?;
-        // XCR0 first: it decides which parts of the XSAVE area may be in use.
-        fd.set_xcrs(&state.xcrs).map_err(self.failed("writing XCRs"))?;
+        // XCR0 first: it decides which parts of the XSAVE area may be in use. A host without XSAVE
+        // has none to read, and refuses that they be written.
+        if state.xcrs.nr_xcrs != 0 {
+            fd.set_xcrs(&state.xcrs).map_err(self.failed("writing XCRs"))?;
+        }
         self.restore_xsave(&state.xsave)?;
         fd.set_debug_regs(&state.debug_regs).map_err(self.failed("writing debug registers"))?;
         fd.set_lapic(&state.lapic).map_err(self.failed("writing the LAPIC"))?;
