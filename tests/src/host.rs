@@ -4,12 +4,14 @@ use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{finish, Finished};
 use crate::vm::Vm;
+use crate::PATIENCE;
 
 /// Kept in step with `vmm::runtime_dir` by the tests that find their VMs through it.
 const RUNTIME_DIR: &str = "MINIVMM_RUNTIME_DIR";
@@ -147,18 +149,38 @@ impl Host {
         self.launch(&all)
     }
 
-    /// Goes on with a saved VM under the name `vm`.
+    /// Goes on with a saved VM, under the name `vm`. What its console has of a line that had
+    /// begun before is left out.
     #[track_caller]
     pub fn restore(&self, file: &str, args: &[&str]) -> Vm {
-        let mut all = vec!["restore", file];
+        let mut vm = self.restore_within("", file, args);
+        vm.console.may_begin_within_a_line();
+        vm
+    }
+
+    /// As [`Host::restore`], with the first line whole: `head` is what the console of the
+    /// saved VM ended with.
+    #[track_caller]
+    pub fn restore_within(&self, head: &str, file: &str, args: &[&str]) -> Vm {
+        let mut all = vec!["restore", file, "--console", "stdio"];
         if !args.contains(&"--name") {
             all.extend(["--name", "vm"]);
         }
         all.extend(args);
-        self.launch(&all)
+        Vm::start_within(self.command(&all), head)
     }
 
-    /// Starts `run` or `restore`, with the console on pipes.
+    /// Waits until the VM `name` answers, which may be before its guest runs.
+    #[track_caller]
+    pub fn wait_for_api(&self, name: &str, vm: &Vm) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.cli(&["info", name]).code != Some(0) {
+            assert!(Instant::now() < deadline, "{name} does not answer: {}", vm.log());
+            std::thread::yield_now();
+        }
+    }
+
+    /// Starts a command that becomes a VM, with the console on pipes.
     #[track_caller]
     pub fn launch(&self, args: &[&str]) -> Vm {
         Vm::start(self.command(&[args, &["--console", "stdio"]].concat()))

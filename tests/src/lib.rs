@@ -19,6 +19,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod beacon;
+mod guest;
 mod host;
 mod needs;
 mod process;
@@ -28,7 +29,8 @@ mod vm;
 
 use std::time::Duration;
 
-pub use beacon::{assert_goes_on, number, Console};
+pub use beacon::{goes_on, number, Console};
+pub use guest::Guest;
 pub use host::{binary, Host};
 pub use needs::{huge_pages, kvm, namespaces, root, HugePages};
 pub use process::{finish, wait, Collected, Finished};

@@ -8,14 +8,12 @@ use crate::suite::Need;
 const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
 
 /// A /dev/kvm that this user may open.
-#[must_use]
 pub fn kvm() -> Need {
     let device = File::options().read(true).write(true).open("/dev/kvm");
     device.map(|_| ()).map_err(|error| format!("no /dev/kvm: {error}"))
 }
 
 /// The powers of root.
-#[must_use]
 pub fn root() -> Need {
     if rustix::process::geteuid().is_root() {
         Ok(())
@@ -25,7 +23,6 @@ pub fn root() -> Need {
 }
 
 /// Mount namespaces, to hide a device or fill up a disk without touching the machine's own.
-#[must_use]
 pub fn namespaces() -> Need {
     let mut unshare = Command::new("unshare");
     let status = unshare.args(["-m", "--", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).output();
@@ -36,7 +33,6 @@ pub fn namespaces() -> Need {
 }
 
 /// Huge pages can be reserved.
-#[must_use]
 pub fn huge_pages() -> Need {
     HugePages::reserve(1).map(drop)
 }

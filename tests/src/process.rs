@@ -91,6 +91,12 @@ impl Collected {
     }
 }
 
+/// The last lines of a text.
+fn last(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(10)..].join("\n")
+}
+
 /// Waits for the end of a process; `None` when it has not ended in time.
 pub fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + limit;
@@ -133,8 +139,8 @@ pub fn finish(mut command: Command, input: &[u8]) -> Finished {
         let _ = child.wait();
         panic!(
             "{text} did not end within {PATIENCE:?}; it printed:\n{}\n{}",
-            stdout.so_far(),
-            stderr.so_far()
+            last(&stdout.so_far()),
+            last(&stderr.so_far())
         );
     };
     Finished {

@@ -1,11 +1,15 @@
 //! Saved VMs: opened with the library, and taken apart to be damaged.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
+use devices::{Payload, Persist};
 use migration::simulated::SimulatedVm;
 use migration::snapshot::{SnapshotHeader, SnapshotReader};
+use migration::stream::End;
 use migration::{GuestMemory, PageRange, Section};
+use vmm::kvm::{VcpuKvm, VcpuStateV1};
 
 /// A saved VM, with its memory in this process.
 pub struct Snapshot {
@@ -37,15 +41,28 @@ impl Snapshot {
         if self.header != other.header {
             found.push("the header".to_owned());
         }
-        let wrong = self.different_pages(other);
-        if !wrong.is_empty() {
-            found.push(format!("{} pages, the first at {:#x}", wrong.len(), wrong[0]));
+        let wrong = self.different_words(other);
+        if let Some(first) = wrong.first() {
+            found.push(format!("{} words of memory, the first at {first:#x}", wrong.len()));
         }
         found
     }
 
-    /// Guest-physical addresses of pages that differ.
-    fn different_pages(&self, other: &Self) -> Vec<u64> {
+    /// Reads 32 bits of guest memory.
+    #[must_use]
+    #[track_caller]
+    pub fn word(&self, address: u64) -> u32 {
+        let range = PageRange::new(migration::Gfn(address >> 12), 1).unwrap();
+        let mut page = [0; 4096];
+        self.memory.slice(range).unwrap().copy_to(&mut page[..]);
+        let at = usize::try_from(address & 0xFFF).unwrap();
+        u32::from_le_bytes(page[at..at + 4].try_into().unwrap())
+    }
+
+    /// Guest-physical addresses of the 32-bit words that differ, without those in which KVM keeps
+    /// the guest's clock.
+    fn different_words(&self, other: &Self) -> Vec<u64> {
+        let clocks = self.clocks();
         let mut found = Vec::new();
         let (mut ours, mut theirs) = ([0; 4096], [0; 4096]);
         for region in self.header.layout.regions() {
@@ -54,15 +71,42 @@ impl Snapshot {
                 let range = PageRange::new(gfn, 1).unwrap();
                 self.memory.slice(range).unwrap().copy_to(&mut ours[..]);
                 other.memory.slice(range).unwrap().copy_to(&mut theirs[..]);
-                if ours != theirs {
-                    found.push(range.gpa().0);
+                if ours == theirs {
+                    continue;
                 }
+                let words = ours.chunks_exact(4).zip(theirs.chunks_exact(4));
+                let addresses = (range.gpa().0..).step_by(4);
+                let differ = addresses.zip(words).filter(|(_, (a, b))| a != b).map(|(at, _)| at);
+                found.extend(differ.filter(|at| !clocks.iter().any(|c| c.contains(at))));
             }
         }
         found
     }
+
+    /// The state of a vCPU.
+    #[must_use]
+    #[track_caller]
+    pub fn vcpu(&self, instance: u32) -> VcpuStateV1 {
+        let wanted = |s: &&Section| s.kind == VcpuKvm::KIND && s.instance == instance;
+        let Section { kind, version, data, .. } =
+            self.sections.iter().find(wanted).unwrap().clone();
+        VcpuKvm::decode_payload(&Payload { kind, instance, version, data }).unwrap()
+    }
+
+    /// Where KVM writes the time for each vCPU (Documentation/virt/kvm/x86/msr.rst,
+    /// MSR_KVM_SYSTEM_TIME_NEW).
+    fn clocks(&self) -> Vec<Range<u64>> {
+        const SYSTEM_TIME: u32 = 0x4b56_4d01;
+        const TIME_INFO: u64 = 32;
+        let count = self.sections.iter().filter(|s| s.kind == VcpuKvm::KIND).count();
+        let msrs = (0..u32::try_from(count).unwrap()).flat_map(|n| self.vcpu(n).msrs);
+        let areas = msrs.filter(|(index, value)| *index == SYSTEM_TIME && value & 1 == 1);
+        areas.map(|(_, value)| value & !1..(value & !1) + TIME_INFO).collect()
+    }
 }
 
+/// How records and what is in them are encoded.
+const BINCODE: bincode::config::Configuration = bincode::config::standard();
 const PREAMBLE: usize = 16;
 const HEADER: usize = 32;
 /// Flag "the payload has a checksum".
@@ -82,6 +126,7 @@ impl Records {
     pub const CONFIG: u16 = 2;
     /// State of a part.
     pub const STATE: u16 = 0x20;
+    const END: u16 = 0xFF;
 
     /// Reads a file that is whole.
     #[must_use]
@@ -120,12 +165,19 @@ impl Records {
         self.records.remove(at);
     }
 
-    /// Writes the file with right lengths, numbers and checksums of all records. The totals in
-    /// END stay as they were.
+    /// Writes the file with right lengths, numbers, checksums and totals.
     pub fn write(&self, path: &Path) {
         let mut bytes = self.preamble.clone();
+        let mut digest = crc32c::crc32c(&bytes[..12]);
         for (sequence, (record_type, flags, payload)) in (0_u64..).zip(&self.records) {
-            let checksum = if flags & CHECKSUM == 0 { 0 } else { crc32c::crc32c(payload) };
+            let mut payload = payload.clone();
+            if *record_type == Self::END {
+                let (mut end, _): (End, usize) =
+                    bincode::serde::decode_from_slice(&payload, BINCODE).unwrap();
+                (end.records, end.bytes, end.digest) = (sequence, bytes.len() as u64, digest);
+                payload = bincode::serde::encode_to_vec(end, BINCODE).unwrap();
+            }
+            let checksum = if flags & CHECKSUM == 0 { 0 } else { crc32c::crc32c(&payload) };
             let mut header = Vec::with_capacity(HEADER);
             header.extend_from_slice(&record_type.to_le_bytes());
             header.extend_from_slice(&flags.to_le_bytes());
@@ -133,9 +185,10 @@ impl Records {
             header.extend_from_slice(&(payload.len() as u64).to_le_bytes());
             header.extend_from_slice(&sequence.to_le_bytes());
             header.extend_from_slice(&[0; 4]);
+            digest = crc32c::crc32c_append(digest, &header);
             header.extend_from_slice(&crc32c::crc32c(&header).to_le_bytes());
             bytes.extend_from_slice(&header);
-            bytes.extend_from_slice(payload);
+            bytes.extend_from_slice(&payload);
             bytes.resize(bytes.len().next_multiple_of(8), 0);
         }
         fs::write(path, bytes).unwrap();
@@ -143,15 +196,13 @@ impl Records {
 
     /// Replaces the identity of the machine by what `change` makes of it.
     pub fn change_identity(&mut self, change: impl FnOnce(&mut vmm::identity::IdentityV1)) {
-        use devices::Persist;
-        let config = bincode::config::standard();
         let payload = self.payload(Self::MACHINE);
         type Wire = (String, u16, Vec<u8>);
         let ((program, version, data), _): (Wire, usize) =
-            bincode::serde::decode_from_slice(payload, config).unwrap();
+            bincode::serde::decode_from_slice(payload, BINCODE).unwrap();
         let mut identity = vmm::identity::IdentityV1::decode(version, data).unwrap();
         change(&mut identity);
         let changed: Wire = (program, version, identity.save_payload(0).unwrap().data);
-        *payload = bincode::serde::encode_to_vec(changed, config).unwrap();
+        *payload = bincode::serde::encode_to_vec(changed, BINCODE).unwrap();
     }
 }

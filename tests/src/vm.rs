@@ -3,10 +3,11 @@
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::beacon::{assert_goes_on, number, Console};
+use crate::beacon::{goes_on, number, Console};
 use crate::process::{wait, Collected, Finished};
 use crate::PATIENCE;
 
@@ -89,16 +90,25 @@ impl Vm {
         verified
     }
 
-    /// Waits until the guest has gone on after `before` in everything that it counts.
+    /// Waits until the guest has gone on since `before` in everything that it counts.
     #[track_caller]
     pub fn goes_on_after(&mut self, before: &Value) -> Value {
-        let counts = ["beats_min", "ticks", "passes", "writes"];
-        let on = |r: &Value| counts.iter().all(|name| number(r, name) > number(before, name));
-        let after = self.console.find("report of a guest that goes on", |event| {
-            event["event"] == "report" && on(event)
-        });
-        assert_goes_on(before, &after);
-        after
+        self.goes_on_after_pauses(number(before, "switches"), before)
+    }
+
+    /// Waits until the guest has noticed so many pauses in all, and has gone on since `before`.
+    #[track_caller]
+    pub fn goes_on_after_pauses(&mut self, pauses: u64, before: &Value) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let report = self.report();
+            let seen = number(&report, "switches");
+            assert!(seen <= pauses, "{pauses} pauses: {report}");
+            if seen == pauses && goes_on(before, &report) {
+                return report;
+            }
+            assert!(Instant::now() < deadline, "{before}, then {report}");
+        }
     }
 
     /// What it wrote to standard error so far.
@@ -152,7 +162,7 @@ impl Drop for Vm {
         let _ = self.child.wait();
         if std::thread::panicking() {
             let stderr = self.stderr.all();
-            eprintln!("{}\n{}{stderr}", self.command, self.console.log());
+            eprintln!("{}\n{stderr}", self.command);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use tests::{add, kvm, number, Host, Suite, Vm};
 
 /// A guest that works hard enough to notice what goes wrong, and says so often.
-const BUSY: &str = "ws=4 dirty=2000 report=100 pace=0";
+const BUSY: &str = "ws=4 dirty=2000 report=250 pace=0";
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
@@ -104,11 +104,8 @@ fn a_pause_stops_the_guest_and_a_resume_lets_it_go_on() {
         assert_eq!(host.json(&["resume", "vm"])["status"], "running");
         assert_eq!(host.json(&["resume", "vm"])["status"], "running", "again");
         // The guest knows that it stood.
-        vm.console.find("report of the pause", |event| {
-            event["event"] == "report" && number(event, "switches") == n
-        });
+        vm.goes_on_after_pauses(n, &before);
     }
-    vm.goes_on_after(&before);
     vm.verify();
     assert_eq!(number(&host.json(&["stats", "vm"]), "pauses"), 3);
 }
@@ -117,20 +114,11 @@ fn a_vm_can_start_paused() {
     let host = Host::new();
     let vm = host.run(BUSY, &["--paused"]);
     // The API is there before the guest runs.
-    wait_for_api(&host, &vm);
+    host.wait_for_api("vm", &vm);
     assert_eq!(host.json(&["info", "vm"])["status"], "paused");
     assert_eq!(exits(&host), 0);
     host.ok(&["resume", "vm"]);
     vm.ready();
-}
-
-/// Waits until the VM has said in its log that it is made.
-fn wait_for_api(host: &Host, vm: &Vm) {
-    let deadline = std::time::Instant::now() + tests::PATIENCE;
-    while host.cli(&["info", "vm"]).code != Some(0) {
-        assert!(std::time::Instant::now() < deadline, "no VM: {}", vm.log());
-        std::thread::yield_now();
-    }
 }
 
 fn power_off_ends_with_0() {
@@ -247,8 +235,7 @@ fn signals_end_it() {
         let mut kill = std::process::Command::new("kill");
         kill.args([signal, &vm.pid().to_string()]);
         tests::finish(kill, b"").ok();
-        let end = vm.end();
-        assert_eq!(end.signal, None, "{end:#?}");
+        vm.ends_well();
         let left: Vec<_> = std::fs::read_dir(host.runtime_dir()).unwrap().collect();
         assert_eq!(left.len(), 1, "{signal}: {left:?}");
     }

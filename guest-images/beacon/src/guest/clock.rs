@@ -41,6 +41,18 @@ impl Page {
 
     /// A consistent copy; `None` if KVM never wrote one.
     pub fn read(&self) -> Option<ClockPage> {
+        self.read_with_tsc().map(|(page, _)| page)
+    }
+
+    /// The clock now, in nanoseconds.
+    pub fn now(&self) -> Option<u64> {
+        self.read_with_tsc().map(|(page, tsc)| page.nanoseconds(tsc))
+    }
+
+    /// A consistent copy, and a TSC that it holds for: read before the version is looked at
+    /// again. When the VM is stopped in between, its TSC may go on while its clock does not, and
+    /// the older page with the newer TSC would be a time that never was.
+    fn read_with_tsc(&self) -> Option<(ClockPage, u64)> {
         loop {
             let version = self.version.load(Acquire);
             if version == 0 {
@@ -52,9 +64,10 @@ impl Page {
                 tsc_to_system_mul: self.tsc_to_system_mul.load(Relaxed),
                 tsc_shift: self.tsc_shift.load(Relaxed),
             };
+            let now = tsc();
             fence(Acquire);
             if version & 1 == 0 && self.version.load(Relaxed) == version {
-                return Some(page);
+                return Some((page, now));
             }
         }
     }

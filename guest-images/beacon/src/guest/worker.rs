@@ -238,8 +238,7 @@ impl<'a> Worker<'a> {
     }
 
     fn read_clock(&self) -> u64 {
-        let Some(page) = self.shared.clock.read() else { return 0 };
-        let clock = page.nanoseconds(tsc());
+        let Some(clock) = self.shared.clock.now() else { return 0 };
         let back = self.last_clock.saturating_sub(clock);
         if back > TOLERANCE_US * 1000 {
             self.shared.clock_back.add(1);
