@@ -21,6 +21,7 @@
 mod beacon;
 mod guest;
 mod host;
+pub mod lab;
 mod needs;
 mod process;
 mod snapshot;

@@ -1,0 +1,76 @@
+//! The lab: real Linux guests on a real KVM, on any machine.
+//!
+//! ```text
+//!   this machine
+//!     QEMU, pure emulation with SVM        [`Lab`]
+//!       Linux image + kvm-amd
+//!         the test program, run again      prints its results as JSON lines
+//!           minivmm
+//!             Linux image                  [`Linux`]
+//! ```
+//!
+//! The outer machine is made of a list of modules, files and a script; what the script writes to
+//! /dev/ttyS1 are the results. The test program is the same inside and outside: inside it finds a
+//! processor with SVM and runs its tests ([`virtualization`]), outside it starts the lab and reports
+//! what came out of it ([`run_suite`]).
+
+mod cpio;
+mod linux;
+mod machine;
+mod suite;
+
+use std::path::{Path, PathBuf};
+
+pub use linux::Linux;
+pub use machine::{Lab, LabRun};
+pub use suite::run_suite;
+
+use crate::suite::Need;
+
+/// Where the Linux image is: `$MINIVMM_LINUX_IMAGE`, or where `make guest-images` puts it.
+#[must_use]
+pub fn image_dir() -> PathBuf {
+    let built = || target_dir().join("guest-images/linux");
+    std::env::var_os("MINIVMM_LINUX_IMAGE").map_or_else(built, PathBuf::from)
+}
+
+/// Where what is built and logged goes, as the Makefile has it.
+fn target_dir() -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests).join("target")
+}
+
+/// A file of the Linux image: `vmlinuz`, `vmlinux` or `initramfs.cpio`.
+#[must_use]
+pub fn image(name: &str) -> PathBuf {
+    image_dir().join(name)
+}
+
+/// The processor has hardware virtualization, and with it KVM runs any guest.
+pub fn virtualization() -> Need {
+    let info = std::fs::read_to_string("/proc/cpuinfo").map_err(|e| e.to_string())?;
+    let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    if flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx") {
+        crate::kvm()
+    } else {
+        Err("the processor has neither SVM nor VMX".into())
+    }
+}
+
+/// The Linux image has been built.
+pub fn linux_image() -> Need {
+    let names = ["vmlinux", "vmlinuz", "initramfs.cpio"];
+    match names.map(image).iter().find(|path| !path.is_file()) {
+        Some(path) => Err(format!("no {}: run make guest-images", path.display())),
+        None => Ok(()),
+    }
+}
+
+/// What the lab itself needs, beside the image.
+pub fn available() -> Need {
+    if !cfg!(target_feature = "crt-static") {
+        return Err("the lab has no libraries, and this program is not static: make smoke".into());
+    }
+    let qemu = std::process::Command::new(machine::QEMU).arg("--version").output();
+    qemu.map(drop).map_err(|error| format!("no {}: {error}", machine::QEMU))
+}
