@@ -42,6 +42,12 @@ impl Guest {
         self.port(port).emit(&[0xB0, value, 0xEE]) // mov al, value; out dx, al
     }
 
+    /// Writes 16 bits to a port.
+    #[must_use]
+    pub fn out16(self, port: u16, value: u16) -> Self {
+        self.port(port).mov_eax(u32::from(value)).emit(&[0x66, 0xEF]) // out dx, ax
+    }
+
     /// Writes 32 bits to a port.
     #[must_use]
     pub fn out32(self, port: u16, value: u32) -> Self {
@@ -71,6 +77,18 @@ impl Guest {
     #[must_use]
     pub fn expect_load(self, address: u32, expected: u32) -> Self {
         self.emit(&[0xA1]).emit(&address.to_le_bytes()).expect(expected) // mov eax, [address]
+    }
+
+    /// Sets an address for breakpoint 0, which stays off.
+    #[must_use]
+    pub fn set_debug_register_0(self, address: u32) -> Self {
+        self.mov_eax(address).emit(&[0x0F, 0x23, 0xC0]) // mov dr0, eax
+    }
+
+    /// Reads the address of breakpoint 0 and crashes unless it is `expected`.
+    #[must_use]
+    pub fn expect_debug_register_0(self, expected: u32) -> Self {
+        self.emit(&[0x0F, 0x21, 0xC0]).expect(expected) // mov eax, dr0
     }
 
     fn mov_eax(self, value: u32) -> Self {
@@ -118,7 +136,7 @@ impl Guest {
     /// Switches the machine off (PM1a control: SLP_TYP 5, SLP_EN).
     #[must_use]
     pub fn power_off(self) -> Self {
-        self.port(0x604).mov_eax(0x3400).emit(&[0x66, 0xEF]) // out dx, ax
+        self.out16(0x604, 0x3400)
     }
 
     /// The image: an ELF file, one page of headers and code, then the page tables.

@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         one_file_restores_twice,
         a_restored_vm_reboots_without_its_kernel_file,
         another_save_replaces_the_file,
+        what_the_guest_set_up_is_there,
         a_hanging_guest_is_still_there,
     );
     add!(suite, &[&kvm(), &large];
@@ -109,14 +110,12 @@ fn survives_moves(cpus: &str) {
         }
         assert_eq!(number(&reports.last, "switches"), moves, "{}", reports.last);
         vm.send("verify");
-        let verified = loop {
-            let event = vm.console.next_event().unwrap();
-            match event["event"].as_str() {
-                Some("report") => reports.take(event),
-                Some("verified") => break event,
-                _ => {}
+        let verified = vm.console.find("the end of the full pass", |event| {
+            if event["event"] == "report" {
+                reports.take(event.clone());
             }
-        };
+            event["event"] == "verified"
+        });
         assert_eq!(verified["errors"], 0, "{verified}");
     }
     vm.send("poweroff");
@@ -143,8 +142,7 @@ fn what_is_restored_is_what_was_saved() {
         let vm = host.restore(&first, &["--paused"]);
         host.wait_for_api("vm", &vm);
         host.ok(&["save", "vm", &second]);
-        let (loaded, saved) =
-            (Snapshot::open(&host.path("first")), Snapshot::open(&host.path("second")));
+        let (loaded, saved) = (Snapshot::open(first.as_ref()), Snapshot::open(second.as_ref()));
         let differences = loaded.differences(&saved);
         assert!(differences.is_empty(), "{cpus} vCPUs: {differences:#?}");
 
@@ -153,7 +151,7 @@ fn what_is_restored_is_what_was_saved() {
         let mut vm = vm;
         vm.verify();
         host.ok(&["save", "vm", &second, "--stop"]);
-        let other = loaded.differences(&Snapshot::open(&host.path("second")));
+        let other = loaded.differences(&Snapshot::open(second.as_ref()));
         assert!(other.iter().any(|d| d.contains("memory")), "{other:?}");
         assert!(other.iter().any(|d| d.contains("registers")), "{other:?}");
     }
@@ -254,6 +252,60 @@ fn a_hanging_guest_is_still_there() {
     host.ok(&["reset", "vm"]);
     vm.console.event("ready");
     vm.verify();
+}
+
+/// Registers that `beacon` leaves as they are at power-on.
+fn what_the_guest_set_up_is_there() {
+    const IOAPIC_SELECT: u32 = 0xFEC0_0000;
+    const IOAPIC_WINDOW: u32 = 0xFEC0_0010;
+    let check = |guest: Guest| {
+        guest
+            .store(IOAPIC_SELECT, 0x10 + 2 * 9)
+            .expect_load(IOAPIC_WINDOW, 0x0001_0077)
+            .expect_in8(0x21, 0xA5)
+            .expect_in8(0xA1, 0x5A)
+            .expect_in8(0x3FF, 0xC3)
+            .expect_in8(0x3FB, 0x03)
+            .expect_in8(0x602, 0x00)
+            .expect_in8(0x603, 0x01)
+            .expect_debug_register_0(0x0012_3456)
+    };
+    let set_up = Guest::default()
+        // Redirection of interrupt 9: masked, vector 0x77.
+        .store(IOAPIC_SELECT, 0x10 + 2 * 9)
+        .store(IOAPIC_WINDOW, 0x0001_0077)
+        // Masks of both PICs.
+        .out8(0x21, 0xA5)
+        .out8(0xA1, 0x5A)
+        // Scratch register and line control of the serial port.
+        .out8(0x3FF, 0xC3)
+        .out8(0x3FB, 0x03)
+        // PM1 enable: power button.
+        .out16(0x602, 0x0100)
+        // PIT, channel 0: mode 2, 0x1234 ticks.
+        .out8(0x43, 0x34)
+        .out8(0x40, 0x34)
+        .out8(0x40, 0x12)
+        .set_debug_register_0(0x0012_3456);
+    let guest = check(check(set_up).say("done").wait_for_input()).say("found").power_off();
+
+    let host = Host::new();
+    let (first, second) = (host.file("first"), host.file("second"));
+    let kernel = host.write("kernel", guest.build());
+    let mut vm = host.run("", &["--kernel", &kernel]);
+    vm.console.event("done");
+    host.ok(&["save", "vm", &first, "--stop"]);
+    vm.ends_well();
+    let mut vm = host.restore(&first, &["--paused"]);
+    host.wait_for_api("vm", &vm);
+    host.ok(&["save", "vm", &second]);
+    let (loaded, saved) = (Snapshot::open(first.as_ref()), Snapshot::open(second.as_ref()));
+    let differences = loaded.differences(&saved);
+    assert!(differences.is_empty(), "{differences:#?}");
+    host.ok(&["resume", "vm"]);
+    vm.send("");
+    vm.console.event("found");
+    vm.ends_well();
 }
 
 /// Where the guest stores above 4 GiB.

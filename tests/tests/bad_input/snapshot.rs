@@ -176,7 +176,8 @@ fn a_file_with_parts_missing_is_refused() {
 fn a_file_of_another_cpu_is_refused() {
     let host = Host::new();
     save(&host);
-    let changes: [(&str, fn(&mut IdentityV1), &[&str]); 4] = [
+    type Change = fn(&mut IdentityV1);
+    let changes: [(&str, Change, &[&str]); 4] = [
         (
             "features that no CPU has all of",
             |identity| {
