@@ -13,6 +13,8 @@
 //! | `metrics.rs` | what it counts |
 //! | `test_utils.rs` | what its tests need |
 //!
+//! Virtio devices share their transport and queues: see [`virtio`].
+//!
 //! Restoring a device raises no interrupt, since the interrupt controllers may be restored after
 //! it. When all state is in place, `raise_pending` of each device repeats the edge of an interrupt
 //! that is still unserved: what was on its way in an eventfd is in nobody's state.
@@ -27,6 +29,7 @@ pub mod power;
 pub mod serial;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod test_utils;
+pub mod virtio;
 
 pub use acpi_pm::AcpiPm;
 pub use bus::{Bus, BusDevice, BusError};

@@ -169,11 +169,23 @@ pub enum Placed {
 pub trait DestinationMemory: GuestMemory {
     /// Makes the host provide memory for a range that is about to be filled through
     /// [`GuestMemory::slice`] (MADV_POPULATE_WRITE, madvise(2)), so that filling it takes no page
-    /// faults. Contents do not change. The engine calls it for every range before it writes.
+    /// faults. Contents do not change. The engine calls it for every range before it receives
+    /// into it.
     ///
     /// # Errors
     /// [`VmError::Range`], or [`VmError::Os`] when the host has no memory left.
     fn populate_ahead(&self, range: PageRange) -> Result<(), VmError>;
+
+    /// Writes a range of a VM that does not run; `data` has its length. An implementer may know
+    /// a quicker way than populating memory and copying into it, as here.
+    ///
+    /// # Errors
+    /// As [`DestinationMemory::populate_ahead`].
+    fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
+        self.populate_ahead(range)?;
+        self.slice(range)?.copy_from(data);
+        Ok(())
+    }
 
     /// Makes a range read as zeros, and gives its memory back where that is possible.
     ///

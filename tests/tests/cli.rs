@@ -134,7 +134,7 @@ impl Follower {
     }
 
     /// The events until the VM ended.
-    fn until_end(mut self) -> Vec<Value> {
+    fn into_all(mut self) -> Vec<Value> {
         assert!(wait(&mut self.child, PATIENCE).expect("the follower ends").success());
         let mut text = String::new();
         self.lines.read_to_string(&mut text).unwrap();
@@ -155,7 +155,7 @@ fn a_crash_is_an_event() {
     let follower = Follower::start(&host);
     vm.send("triple");
     assert_eq!(vm.end().code, Some(3));
-    let events = follower.until_end();
+    let events = follower.into_all();
     let crash = events.last().unwrap();
     assert_eq!(crash["kind"], "crashed");
     let text = crash["detail"].to_string().to_lowercase();
@@ -172,7 +172,7 @@ fn a_follower_hears_everything_to_the_end() {
     }
     host.ok(&["stop", "vm"]);
     vm.ends_well();
-    let events = follower.until_end();
+    let events = follower.into_all();
     let of = |kind: &str| events.iter().filter(|event| event["kind"] == kind).count();
     assert_eq!((of("paused"), of("running")), (20, 21), "{events:#?}");
     let last: Vec<_> = events.iter().rev().take(2).map(|e| e["kind"].as_str().unwrap()).collect();

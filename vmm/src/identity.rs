@@ -99,7 +99,8 @@ impl IdentityV1 {
     }
 }
 
-fn tsc_differs(a: u32, b: u32) -> bool {
+/// Whether two TSC frequencies, kHz, are not the same for a guest; 0 is unknown and differs from none.
+pub(crate) fn tsc_differs(a: u32, b: u32) -> bool {
     a != 0 && b != 0 && u64::from(a.abs_diff(b)) * 1_000_000 > u64::from(a) * TSC_TOLERANCE_PPM
 }
 

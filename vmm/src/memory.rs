@@ -8,6 +8,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rustix::fs::{memfd_create, FallocateFlags, MemfdFlags, SeekFrom};
@@ -199,6 +200,17 @@ impl GuestRam {
         self.file.metadata().map_or(0, |m| m.blocks() * 512)
     }
 
+    /// Writes `data` at `offset` of the memfd by pwrite(2): fresh pages need not be zeroed first,
+    /// as they are when they are written through the mapping. False, and nothing is done, where
+    /// the memory cannot be written in this way (hugetlbfs).
+    pub fn write_to_file(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
+        if self.hugepages {
+            return Ok(false);
+        }
+        self.file.write_all_at(data, offset)?;
+        Ok(true)
+    }
+
     /// Gives back `len` bytes at `offset` of the memfd: they read as zeros afterwards.
     pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -305,6 +317,18 @@ mod tests {
         let want = vec![(5 * PAGE_SIZE, PAGE_SIZE), ((64 << 20) - PAGE_SIZE, PAGE_SIZE)];
         assert_eq!(ram.populated(0).unwrap(), want);
         assert_eq!(ram.populated_bytes(), 2 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn what_is_written_to_the_file_is_in_the_mapping_and_not_in_the_device_bitmap() {
+        let ram = GuestRam::new(16 << 20, false).unwrap();
+        assert!(ram.write_to_file(3 * PAGE_SIZE, &[7; PAGE_SIZE as usize]).unwrap());
+        let mut found = [0; 3];
+        ram.memory().read_slice(&mut found, GuestAddress(4 * PAGE_SIZE - 2)).unwrap();
+        assert_eq!(found, [7, 7, 0]);
+        ram.punch(4 * PAGE_SIZE, PAGE_SIZE).unwrap();
+        assert_eq!(ram.populated(0).unwrap(), vec![(3 * PAGE_SIZE, PAGE_SIZE)]);
+        assert!(ram.take_device_dirty(0).iter().all(|w| *w == 0));
     }
 
     #[test]

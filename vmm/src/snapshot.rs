@@ -90,7 +90,11 @@ pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveErro
         memory: machine,
         state: machine,
     };
-    Ok(PendingSnapshot::write(path, source, &mut |_| ControlFlow::Continue(()))?)
+    let mut progress = |_| match machine.is_ending() {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
+    };
+    Ok(PendingSnapshot::write(path, source, &mut progress)?)
 }
 
 /// A saved machine, checked, whose memory is still in the file.

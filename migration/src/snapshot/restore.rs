@@ -249,8 +249,7 @@ fn load_pages<R: Read>(
             if record_type == RecordType::Pages {
                 let (mine, rest) = data.split_at(run.pages() as usize * PAGE_BYTES);
                 data = rest;
-                memory.populate_ahead(run).map_err(|error| record.error(error))?;
-                memory.slice(run).map_err(|error| record.error(error))?.copy_from(mine);
+                memory.fill(run, mine).map_err(|error| record.error(error))?;
                 to_zero.remove(run).map_err(|error| record.error(error))?;
             }
         }

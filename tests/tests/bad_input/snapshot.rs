@@ -176,8 +176,9 @@ fn a_file_with_parts_missing_is_refused() {
 fn a_file_of_another_cpu_is_refused() {
     let host = Host::new();
     save(&host);
-    type Change = fn(&mut IdentityV1);
-    let changes: [(&str, Change, &[&str]); 4] = [
+    /// What is changed, how, and the words that the refusal must have.
+    type Change<'a> = (&'a str, fn(&mut IdentityV1), &'a [&'a str]);
+    let changes: [Change<'_>; 4] = [
         (
             "features that no CPU has all of",
             |identity| {

@@ -21,23 +21,25 @@ mod tests;
 
 use devices::acpi_pm;
 
+use crate::layout;
+
 /// First address of the area for the tables (ACPI 6.5, section 5.2.5.1: where an RSDP is found).
-pub const WINDOW_START: u64 = 0xE_0000;
+pub const WINDOW_START: u64 = layout::ACPI_TABLES;
 /// End of that area.
-pub const WINDOW_END: u64 = 0x10_0000;
+pub const WINDOW_END: u64 = layout::HIGH_RAM;
 
 /// Port of the PM1a event block.
-pub const PM1A_EVENT_PORT: u16 = 0x600;
+pub const PM1A_EVENT_PORT: u16 = layout::port::ACPI_PM1A as u16;
 /// Port of the PM1a control block.
 pub const PM1A_CONTROL_PORT: u16 = PM1A_EVENT_PORT + acpi_pm::CONTROL_OFFSET as u16;
 /// Interrupt of the fixed hardware's events (SCI), an edge.
-pub const SCI_IRQ: u8 = 9;
+pub const SCI_IRQ: u8 = layout::irq::SCI as u8;
 /// First port of the serial console.
-pub const COM1_PORT: u16 = 0x3F8;
+pub const COM1_PORT: u16 = layout::port::COM1 as u16;
 /// Interrupt of the serial console, an edge.
-pub const COM1_IRQ: u8 = 4;
+pub const COM1_IRQ: u8 = layout::irq::COM1 as u8;
 /// Reset register: the command port of the keyboard controller.
-pub const RESET_PORT: u16 = 0x64;
+pub const RESET_PORT: u16 = layout::port::I8042 as u16 + 4;
 /// What resets the machine when written there.
 pub const RESET_VALUE: u8 = 0xFE;
 /// Registers of each processor's local APIC.
@@ -49,7 +51,7 @@ pub const IO_APIC_PINS: u32 = 24;
 
 /// Most processors the tables can name: their APIC ids are below 255, so that no x2APIC entries
 /// are needed, and this is what the machine has at most.
-pub const MAX_VCPUS: u8 = 64;
+pub const MAX_VCPUS: u8 = crate::config::MAX_CPUS;
 
 /// A virtio device with memory-mapped registers, as the guest is told of it (`LNRO0005`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,15 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::memory::{HUGE_PAGE_SIZE, PAGE_SIZE};
+
 use super::{
     ConfigError, ConsoleConfig, LogConfig, MemoryConfig, OnReboot, VmConfig, DEFAULT_MEMORY,
     MIN_MEMORY,
 };
-
-/// Size of a huge page, bytes.
-const HUGE_PAGE: u64 = 2 << 20;
-/// Size of a page, bytes.
-const PAGE: u64 = 4096;
 
 /// What flags or a file say about a VM; `None` where they say nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -255,10 +252,10 @@ impl MemoryConfig {
         if size > host.memory {
             return Err(ConfigError::MemoryTooLarge { size, host: host.memory });
         }
-        if size % PAGE != 0 {
+        if size % PAGE_SIZE != 0 {
             return Err(ConfigError::MemoryAlignment(size));
         }
-        if self.hugepages && size % HUGE_PAGE != 0 {
+        if self.hugepages && size % HUGE_PAGE_SIZE != 0 {
             return Err(ConfigError::MemoryHugeAlignment(size));
         }
         Ok(())

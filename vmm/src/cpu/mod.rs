@@ -40,7 +40,7 @@ pub use model::Model;
 pub use spec::CpuSpec;
 
 /// Most vCPUs a machine can have.
-pub const MAX_VCPUS: u8 = 64;
+pub const MAX_VCPUS: u8 = crate::config::MAX_CPUS;
 
 /// Why a CPU specification is no good, here or anywhere.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

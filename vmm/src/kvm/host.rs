@@ -5,8 +5,8 @@ use std::io;
 
 use kvm_bindings::{
     kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region, CpuId, KVM_CAP_EXCEPTION_PAYLOAD,
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -93,14 +93,13 @@ impl KvmError {
 }
 
 /// Capabilities without which nothing works here.
-const NEEDED: [(Cap, &str); 9] = [
+const NEEDED: [(Cap, &str); 8] = [
     (Cap::Irqchip, "in-kernel irqchip"),
     (Cap::UserMemory, "user memory slots"),
     (Cap::Pit2, "PIT"),
     (Cap::Irqfd, "irqfd"),
     (Cap::Ioeventfd, "ioeventfd"),
     (Cap::ImmediateExit, "immediate_exit"),
-    (Cap::Xcrs, "XCR access"),
     (Cap::AdjustClock, "clock access"),
     (Cap::VcpuEvents, "vCPU events"),
 ];
@@ -168,6 +167,8 @@ impl HostKvm {
         vm.create_irq_chip().map_err(KvmError::ioctl("creating the irqchip"))?;
         vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() })
             .map_err(KvmError::ioctl("creating the PIT"))?;
+        // Counters are not carried to another host, so there are none, whatever CPUID says.
+        enable(&vm, KVM_CAP_PMU_CAPABILITY, u64::from(KVM_PMU_CAP_DISABLE));
         enable(&vm, KVM_CAP_EXCEPTION_PAYLOAD, 1);
         enable(&vm, KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1);
         enable(&vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL_PROTECT_INITIALLY_SET);

@@ -252,8 +252,11 @@ impl VcpuKvm {
     /// were `now`, then arms the timer. All vCPUs get the same two moments, so that they stay as
     /// far from each other as they were.
     pub fn restore_tsc(&self, tsc: &TscStateV1, saved_at: u64, now: u64) -> Result<(), KvmError> {
+        let scaled = self.set_tsc_frequency(tsc.khz)?;
         match tsc.offset {
-            Some(offset) if self.tsc_offset => {
+            // An offset counts ticks of the guest's frequency: it moves by the host's ticks only
+            // where the two are the same.
+            Some(offset) if self.tsc_offset && !scaled => {
                 let offset = offset.wrapping_add(saved_at).wrapping_sub(now);
                 set_tsc_offset(&self.fd, offset)?;
             }
@@ -266,6 +269,17 @@ impl VcpuKvm {
             self.write_msr(MSR_TSC_DEADLINE, tsc.deadline)?;
         }
         Ok(())
+    }
+
+    /// Gives the guest the frequency that it had; tells whether the host's is another. Whether KVM
+    /// can do so was checked before the machine was made.
+    fn set_tsc_frequency(&self, khz: u32) -> Result<bool, KvmError> {
+        let here = self.fd.get_tsc_khz().unwrap_or(0);
+        let differs = crate::identity::tsc_differs(khz, here);
+        if differs {
+            self.fd.set_tsc_khz(khz).map_err(self.failed("setting the TSC frequency"))?;
+        }
+        Ok(differs)
     }
 
     /// Tells the guest that it was stopped (kvmclock's PVCLOCK_GUEST_STOPPED), so that its
@@ -323,8 +337,11 @@ impl Persist for VcpuKvm {
         fd.set_mp_state(state.mp_state).map_err(self.failed("writing MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(self.failed("writing registers"))?;
         fd.set_sregs(&state.sregs).map_err(self.failed("writing special registers"))?;
-        // XCR0 first: it decides which parts of the XSAVE area may be in use.
-        fd.set_xcrs(&state.xcrs).map_err(self.failed("writing XCRs"))?;
+        // XCR0 first: it decides which parts of the XSAVE area may be in use. A host without XSAVE
+        // has none to read, and refuses that they be written.
+        if state.xcrs.nr_xcrs != 0 {
+            fd.set_xcrs(&state.xcrs).map_err(self.failed("writing XCRs"))?;
+        }
         self.restore_xsave(&state.xsave)?;
         fd.set_debug_regs(&state.debug_regs).map_err(self.failed("writing debug registers"))?;
         fd.set_lapic(&state.lapic).map_err(self.failed("writing the LAPIC"))?;

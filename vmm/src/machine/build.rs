@@ -1,6 +1,6 @@
 //! Putting a machine together.
 
-use std::sync::atomic::{AtomicU64, AtomicU8};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
@@ -100,6 +100,7 @@ impl MachineBuilder<'_> {
             takes_input: Mutex::new(false),
             input_wanted: OnceLock::new(),
             status: AtomicU8::new(0),
+            ending: AtomicBool::new(false),
             events: self.events,
             pauses: AtomicU64::new(0),
             reboots: AtomicU64::new(0),

@@ -41,6 +41,25 @@ impl Machine {
         }
         Err(other(format!("no memory at {gpa:#x}")))
     }
+
+    /// Populates a range by madvise(2), where the kernel can.
+    fn populate(&self, range: PageRange, advice: i32) -> Result<(), VmError> {
+        let slice = self.slice(range)?;
+        let at = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: the range is inside our own mapping; populating changes no contents.
+        let rc = unsafe { libc::madvise(at.cast(), slice.len(), advice) };
+        if rc == 0 {
+            return Ok(());
+        }
+        match io::Error::last_os_error() {
+            // A kernel before 5.14: pages come as they are touched.
+            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            error => Err(VmError::Os {
+                what: format!("populating {} bytes of guest memory", range.bytes()),
+                error,
+            }),
+        }
+    }
 }
 
 impl GuestMemory for Machine {
@@ -124,21 +143,27 @@ impl VmControl for Machine {
 
 impl DestinationMemory for Machine {
     fn populate_ahead(&self, range: PageRange) -> Result<(), VmError> {
-        let slice = self.slice(range)?;
-        let at = slice.ptr_guard_mut().as_ptr();
-        // SAFETY: the range is inside our own mapping; populating changes no contents.
-        let rc = unsafe { libc::madvise(at.cast(), slice.len(), libc::MADV_POPULATE_WRITE) };
-        if rc == 0 {
-            return Ok(());
+        self.populate(range, libc::MADV_POPULATE_WRITE)
+    }
+
+    fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
+        let (_, region, first) = self.slot_of(range)?;
+        if data.len() as u64 != range.bytes() {
+            return Err(other(format!("{} bytes for {range}", data.len())));
         }
-        match io::Error::last_os_error() {
-            // A kernel before 5.14: pages come as they are written.
-            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            error => Err(VmError::Os {
-                what: format!("populating {} bytes of guest memory", range.bytes()),
-                error,
-            }),
+        let offset = region.file_offset + first * PAGE_SIZE;
+        let written = self.ram.write_to_file(offset, data).map_err(|error| VmError::Os {
+            what: format!("writing {} bytes of guest memory", range.bytes()),
+            error,
+        })?;
+        if written {
+            // Maps the pages that are there now, many at a time and writable: shared memory has
+            // no need of a fault to see the first write.
+            return self.populate(range, libc::MADV_POPULATE_READ);
         }
+        self.populate_ahead(range)?;
+        self.slice(range)?.copy_from(data);
+        Ok(())
     }
 
     fn zero(&self, range: PageRange) -> Result<(), VmError> {

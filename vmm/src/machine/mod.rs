@@ -9,7 +9,7 @@ mod memory;
 mod sections;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -115,6 +115,8 @@ pub struct Machine {
     takes_input: Mutex<bool>,
     input_wanted: OnceLock<Box<dyn Fn() + Send + Sync>>,
     status: AtomicU8,
+    /// An operator wants the VM gone: long work stops early.
+    ending: AtomicBool,
     events: EventLog,
     pauses: AtomicU64,
     reboots: AtomicU64,
@@ -350,8 +352,16 @@ impl Machine {
         }
     }
 
-    /// Asks the thread that owns the machine to end it at once.
+    /// Whether an operator wants the VM gone.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    /// Asks the thread that owns the machine to end it at once; a save that is under way is
+    /// given up.
     pub fn kill(&self) {
+        self.ending.store(true, Ordering::Relaxed);
         (self.context.requests)(GuestRequest::Kill);
     }
 

@@ -1,0 +1,314 @@
+//! `beacon` in a process of its own: in minivmm or in QEMU.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::Value;
+
+use crate::qmp::Qmp;
+use crate::Result;
+
+/// Longest wait for anything; far beyond what it takes.
+pub const LIMIT: Duration = Duration::from_secs(120);
+const QEMU: &str = "qemu-system-x86_64";
+
+/// What runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// This project.
+    Minivmm,
+    /// QEMU microvm with the ROM that does only what beacon needs.
+    QemuRom,
+    /// QEMU microvm with the firmware that it takes by itself.
+    QemuFirmware,
+}
+
+impl Vmm {
+    /// As tables show it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Minivmm => "minivmm",
+            Self::QemuRom => "QEMU microvm",
+            Self::QemuFirmware => "QEMU microvm, qboot",
+        }
+    }
+}
+
+/// The machine and what beacon does in it.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Guest memory.
+    pub memory_mib: u64,
+    /// vCPUs.
+    pub cpus: u8,
+    /// beacon's command line.
+    pub cmdline: String,
+}
+
+/// Where everything is.
+#[derive(Debug)]
+pub struct Tools {
+    minivmm: PathBuf,
+    /// QEMU's version, or why it is not there.
+    pub qemu: std::result::Result<String, String>,
+    /// Sockets and boot images; short, since paths of sockets may not be long.
+    runtime: PathBuf,
+    /// Saved VMs and their copies.
+    pub data: PathBuf,
+}
+
+impl Tools {
+    /// Looks for the programs; `data` is where files are to be measured.
+    pub fn new(data: &Path) -> Result<Self> {
+        let minivmm = std::env::current_exe()?.with_file_name("minivmm");
+        if !minivmm.exists() {
+            let path = minivmm.display();
+            return Err(format!("{path} is not there: `make bench` builds it").into());
+        }
+        let own = format!("minivmm-bench-{}", std::process::id());
+        let tools = Self {
+            minivmm,
+            qemu: qemu_version(),
+            runtime: std::env::temp_dir().join(&own),
+            data: data.join(&own),
+        };
+        fs::create_dir_all(&tools.runtime)?;
+        fs::create_dir_all(&tools.data)?;
+        fs::write(tools.runtime.join("beacon.elf"), guest_images::BEACON)?;
+        fs::write(tools.runtime.join("rom.bin"), guest_images::qemu_bios())?;
+        Ok(tools)
+    }
+
+    /// A command of minivmm that prints JSON, a value for each line.
+    pub fn minivmm_json(&self, args: &[&str]) -> Result<Vec<Value>> {
+        let output = self.minivmm_command().args(args).arg("--json").output()?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("minivmm {args:?}: {text}").into());
+        }
+        Ok(serde_json::Deserializer::from_slice(&output.stdout)
+            .into_iter()
+            .collect::<serde_json::Result<_>>()?)
+    }
+
+    fn minivmm_command(&self) -> Command {
+        let mut command = Command::new(&self.minivmm);
+        command.env("MINIVMM_RUNTIME_DIR", &self.runtime);
+        command
+    }
+
+    /// Boots beacon.
+    pub fn boot(&self, vmm: Vmm, name: &str, setup: &Setup) -> Result<Guest> {
+        match vmm {
+            Vmm::Minivmm => {
+                let mut command = self.minivmm_command();
+                command
+                    .args(["run", "--name", name, "--memory", &format!("{}M", setup.memory_mib)])
+                    .args(["--cpus", &setup.cpus.to_string(), "--cmdline", &setup.cmdline]);
+                Guest::start(command, Wiring::Console)
+            }
+            Vmm::QemuRom | Vmm::QemuFirmware => {
+                let mut command = self.qemu_command(vmm, setup);
+                command.args(["-serial", "stdio"]);
+                Guest::start(command, Wiring::Console)
+            }
+        }
+    }
+
+    /// Makes a VM from a file that minivmm wrote.
+    pub fn minivmm_restore(&self, file: &Path, name: &str) -> Result<Guest> {
+        let mut command = self.minivmm_command();
+        command.arg("restore").arg(file).args(["--name", name]);
+        Guest::start(command, Wiring::Console)
+    }
+
+    /// Boots beacon in QEMU with a monitor, or has QEMU wait for `incoming`.
+    pub fn qemu_with_monitor(&self, setup: &Setup, incoming: Option<&str>) -> Result<Guest> {
+        let mut command = self.qemu_command(Vmm::QemuRom, setup);
+        command.args(["-qmp", "stdio", "-serial", "file:/dev/stderr"]);
+        if let Some(from) = incoming {
+            command.args(["-incoming", from]);
+        }
+        Guest::start(command, Wiring::Monitor)
+    }
+
+    fn qemu_command(&self, vmm: Vmm, setup: &Setup) -> Command {
+        let file = |name| self.runtime.join(name);
+        let mut command = Command::new(QEMU);
+        // As in beacon's README. Memory is a memfd, as minivmm's is, so that the two are
+        // accounted in the same way.
+        command
+            .args(["-enable-kvm", "-cpu", "host,-arch-capabilities"])
+            .args(["-machine", "microvm,memory-backend=ram"])
+            .args(["-m", &setup.memory_mib.to_string(), "-smp", &setup.cpus.to_string()])
+            .arg("-object")
+            .arg(format!("memory-backend-memfd,id=ram,size={}M,share=on", setup.memory_mib))
+            .arg("-kernel")
+            .arg(file("beacon.elf"))
+            .args(["-append", &setup.cmdline])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        if vmm == Vmm::QemuRom {
+            command.arg("-bios").arg(file("rom.bin"));
+        }
+        command
+    }
+}
+
+impl Drop for Tools {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.runtime);
+        let _ = fs::remove_dir_all(&self.data);
+    }
+}
+
+fn qemu_version() -> std::result::Result<String, String> {
+    let output = Command::new(QEMU).arg("--version").output();
+    let output = output.map_err(|error| {
+        format!("{QEMU} does not start ({error}); on Debian it is in the package qemu-system-x86")
+    })?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or("QEMU of unknown version").to_owned())
+}
+
+/// What the process' standard streams are.
+enum Wiring {
+    /// Standard input and output are the serial port.
+    Console,
+    /// Standard input and output are QEMU's monitor, standard error is the serial port.
+    Monitor,
+}
+
+/// A line of the console.
+#[derive(Debug)]
+pub struct Line {
+    /// When its first byte was read.
+    pub began: Instant,
+    /// When its last byte was read.
+    pub ended: Instant,
+    /// The event; null when the line is none.
+    pub event: Value,
+}
+
+/// A guest and the process that runs it, which ends with this value.
+#[derive(Debug)]
+pub struct Guest {
+    process: Child,
+    /// QEMU's monitor.
+    pub monitor: Option<Qmp>,
+    console: Receiver<(Line, String)>,
+    /// Keeps minivmm's console from ending.
+    _input: Option<ChildStdin>,
+    /// Right before the process was made.
+    pub begun: Instant,
+    /// The same, by the wall clock.
+    pub begun_wall: SystemTime,
+    /// The same, by the TSC of the host.
+    pub begun_tsc: u64,
+}
+
+impl Guest {
+    fn start(mut command: Command, wiring: Wiring) -> Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        if matches!(wiring, Wiring::Monitor) {
+            command.stderr(Stdio::piped());
+        }
+        let (begun, begun_wall) = (Instant::now(), SystemTime::now());
+        let begun_tsc = vmm::kvm::host_tsc();
+        let mut process = command.spawn()?;
+        let input = process.stdin.take().ok_or("no standard input")?;
+        let output = process.stdout.take().ok_or("no standard output")?;
+        let (monitor, input, console) = match wiring {
+            Wiring::Console => (None, Some(input), read_console(output)),
+            Wiring::Monitor => {
+                let console = process.stderr.take().ok_or("no standard error")?;
+                (Some(Qmp::new(input, output)?), None, read_console(console))
+            }
+        };
+        Ok(Self { process, monitor, console, _input: input, begun, begun_wall, begun_tsc })
+    }
+
+    /// The next event of this kind.
+    pub fn event(&mut self, kind: &str) -> Result<Line> {
+        let deadline = Instant::now() + LIMIT;
+        let mut last = String::from("no output");
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok((line, text)) = self.console.recv_timeout(left) else {
+                return Err(format!("no {kind} event from beacon; last line: {last}").into());
+            };
+            match line.event["event"].as_str() {
+                Some(found) if found == kind => return Ok(line),
+                // Not `fpu`: QEMU loses vector registers on some hosts, which costs no time.
+                Some("corrupt" | "tsc-back" | "clock-back" | "exception" | "panic") => {
+                    return Err(text.into());
+                }
+                _ => last = text,
+            }
+        }
+    }
+
+    /// QEMU's monitor.
+    pub fn qmp(&mut self) -> Result<&mut Qmp> {
+        self.monitor.as_mut().ok_or_else(|| "no monitor".into())
+    }
+
+    /// A number in /proc/PID/status; memory is in KiB.
+    pub fn status(&self, field: &str) -> Result<f64> {
+        let path = format!("/proc/{}/status", self.process.id());
+        let status = fs::read_to_string(&path)?;
+        let line = status.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
+        let number = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
+        number.ok_or_else(|| format!("{path} has no {field}").into())
+    }
+
+    /// Ends the process and waits until it, and so its memory, is gone.
+    pub fn end(mut self) -> Result<()> {
+        self.process.kill()?;
+        self.process.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Reads lines on a thread of its own, so that their times are those of their arrival. The thread
+/// ends with the process.
+fn read_console(output: impl Read + Send + 'static) -> Receiver<(Line, String)> {
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut output = BufReader::new(output);
+        loop {
+            // Before the line is complete: buffering waits for the first byte only.
+            match output.fill_buf() {
+                Ok(bytes) if !bytes.is_empty() => {}
+                _ => return,
+            }
+            let began = Instant::now();
+            let mut text = Vec::new();
+            if output.read_until(b'\n', &mut text).is_err() {
+                return;
+            }
+            let ended = Instant::now();
+            let text = String::from_utf8_lossy(&text).trim_end().to_owned();
+            let event = serde_json::from_str(&text).unwrap_or_default();
+            if sender.send((Line { began, ended, event }, text)).is_err() {
+                return;
+            }
+        }
+    });
+    lines
+}
+
+/// Brings a file to the disk.
+pub fn sync(path: &Path) -> Result<()> {
+    Ok(File::open(path)?.sync_all()?)
+}
