@@ -131,8 +131,8 @@ impl Lab {
     fn command(&self, initramfs: &Path, console: &Path, results: &Path) -> Command {
         let mut command = Command::new(QEMU);
         let modules = self.modules.join(",");
-        // Now and then this emulation loses the interrupt of a one-shot timer, and a machine that
-        // waits for nothing else never wakes: the timer is periodic.
+        // Once an idle machine slept until input came, as if a one-shot timer's interrupt had been
+        // lost (seen once, cause not proved). With a periodic timer it was not seen again.
         let append = format!(
             "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable \
              highres=off nohz=off modules={modules}"
