@@ -33,7 +33,7 @@ version="$kernel $(candidate "$kernel") busybox $(candidate busybox-static) $(
 [ "$(cat version 2>/dev/null)" != "$version" ] || exit 0
 echo "Linux image: $version"
 rm -rf work version
-mkdir -p work/root/bin
+mkdir -p work/tree/bin
 cd work
 
 apt-get download -qq -o APT::Sandbox::User="$(id -un)" "$kernel" busybox-static
@@ -42,11 +42,11 @@ cp unpacked/boot/vmlinuz-* vmlinuz
 "$here/vmlinux.sh" vmlinuz vmlinux
 
 # Newer packages have their files in /usr.
-find unpacked -path '*bin/busybox' -exec cp {} root/bin/busybox ';'
-busybox=$PWD/root/bin/busybox
+find unpacked -path '*bin/busybox' -exec cp {} tree/bin/busybox ';'
+busybox=$PWD/tree/bin/busybox
 release=${kernel#linux-image-}
 tree=$(find unpacked -type d -path "*lib/modules/$release")
-to=root/lib/modules/$release
+to=tree/lib/modules/$release
 mkdir -p "$to"
 cp "$tree/modules.builtin" "$tree/modules.order" "$to"
 
@@ -71,12 +71,12 @@ add_module() {
     done
 }
 for module in $MODULES; do add_module "$module"; done
-"$busybox" depmod -b root "$release"
+"$busybox" depmod -b tree "$release"
 
-cp "$here/init" root/init
-chmod 755 root/init
-mkdir -p root/proc root/sys root/dev root/run root/tmp root/mnt root/etc
-(cd root && find . | LC_ALL=C sort | "$busybox" cpio -o -H newc -R 0:0 2>/dev/null) >initramfs.cpio
+cp "$here/init" tree/init
+chmod 755 tree/init
+mkdir -p tree/proc tree/sys tree/dev tree/run tree/tmp tree/mnt tree/etc
+(cd tree && find . | LC_ALL=C sort | "$busybox" cpio -o -H newc -R 0:0 2>/dev/null) >initramfs.cpio
 
 cd ..
 mv work/vmlinuz work/vmlinux work/initramfs.cpio .
