@@ -139,6 +139,12 @@ impl GuestRam {
         &self.regions
     }
 
+    /// Whether it consists of 2 MiB pages.
+    #[must_use]
+    pub fn hugepages(&self) -> bool {
+        self.hugepages
+    }
+
     /// Size in all, bytes.
     #[must_use]
     pub fn size(&self) -> u64 {

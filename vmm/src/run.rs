@@ -10,7 +10,9 @@ use serde_json::json;
 use crate::api;
 use crate::boot::{BootError, Image};
 use crate::cli::{on_termination, CliError, Exit};
-use crate::config::{OnReboot, ProcessSettings, RestoreSettings, RunSettings, VmConfig};
+use crate::config::{
+    ConsoleConfig, OnReboot, ProcessSettings, RestoreSettings, RunSettings, VmConfig,
+};
 use crate::console::{Console, ConsoleError, ConsoleHandle, ConsoleInput};
 use crate::control::{Control, ControlError, SaveReport, VmInfo, VmStats, VmStatus};
 use crate::events::EventLog;
@@ -56,6 +58,12 @@ pub enum RunError {
     /// The saved file.
     #[error(transparent)]
     Restore(#[from] SaveError),
+    /// The saved VM wrote its console to a file.
+    #[error(
+        "the saved VM's console went to the file {}, which would be emptied: say where it is to go \
+         with --console", .0.display()
+    )]
+    ConsoleFile(PathBuf),
     /// The control API.
     #[error("cannot start the control API: {0}")]
     Api(std::io::Error),
@@ -78,9 +86,9 @@ impl From<RunError> for CliError {
         let exit = match error {
             RunError::RuntimeDir(error) => return error.into(),
             // What was asked for cannot be: another command line may do.
-            RunError::Boot(_) | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => {
-                Exit::Usage
-            }
+            RunError::ConsoleFile(_)
+            | RunError::Boot(_)
+            | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => Exit::Usage,
             _ => Exit::Failed,
         };
         Self::new(exit, error)
@@ -102,7 +110,12 @@ pub fn restore(settings: RestoreSettings) -> Result<RunEnd, RunError> {
     let saved = snapshot::open(&settings.file, &host)?;
     let (mut config, media, cpuid, loader) = saved.split();
     config.name = settings.name.unwrap_or(config.name);
-    config.console = settings.console.unwrap_or(config.console);
+    config.console = match (settings.console, config.console) {
+        (Some(told), _) => told,
+        // A console file is emptied: not one that a saved file names.
+        (None, ConsoleConfig::File(path)) => return Err(RunError::ConsoleFile(path)),
+        (None, saved) => saved,
+    };
     let name = RuntimeDir::open()?.claim(&config.name)?;
     run_machine(&host, name, &settings.process, config, media, Some((cpuid, loader)))
 }
@@ -142,16 +155,16 @@ fn run_machine(
     });
     // Whatever goes wrong from here on, the vCPU threads end and the API's socket goes away.
     let result = (|| {
+        let ending = Arc::clone(&machine);
+        on_termination(move |_| ending.kill()).map_err(RunError::Signals)?;
+        wire_console(&console, &machine);
         match loader {
             Some(loader) => loader.load(&machine)?,
             None => machine.load_boot(false)?,
         }
         machine.set_created();
         events.push("created", json!({ "pid": std::process::id(), "restored": restored }));
-        wire_console(&console, &machine);
         let api = api::serve(name.listen()?, Arc::clone(&handle) as _).map_err(RunError::Api)?;
-        let ending = Arc::clone(&machine);
-        on_termination(move |_| ending.kill()).map_err(RunError::Signals)?;
         if !process.paused {
             machine.resume()?;
         }
@@ -230,7 +243,7 @@ struct VmHandle {
 impl From<MachineError> for ControlError {
     fn from(error: MachineError) -> Self {
         match error {
-            MachineError::Ended(_) => Self::Conflict(error.to_string()),
+            MachineError::Ended(_) | MachineError::Busy => Self::Conflict(error.to_string()),
             error => Self::Failed(error.to_string()),
         }
     }

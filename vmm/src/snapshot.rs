@@ -66,7 +66,9 @@ impl Read for ImageReader<'_> {
 
 /// Writes a machine that stands to a temporary file beside `path`; `commit` gives it its name.
 pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveError> {
-    let identity = machine.identity().save_payload(0).map_err(IdentityError::from)?;
+    let mut identity = machine.identity().clone();
+    identity.tsc_khz = machine.guest_tsc_khz();
+    let identity = identity.save_payload(0).map_err(IdentityError::from)?;
     let config = ConfigV1::from(machine.config()).save_payload(0).map_err(IdentityError::from)?;
     let media = machine.media();
     let mut kernel = ImageReader { image: &media.kernel, at: 0 };

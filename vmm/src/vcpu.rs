@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 use std::ptr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -76,6 +76,8 @@ pub struct VcpuContext {
     pub mmio: Bus,
     /// Accesses to nowhere.
     pub unmapped: Unmapped,
+    /// A request of the guest is on its way: no guest code runs behind it.
+    pub requested: AtomicBool,
     /// Where requests of the guest go.
     pub requests: RequestSink,
 }
@@ -200,15 +202,18 @@ impl Vcpu {
     /// answered is taken into the registers before anybody reads them (api.rst, 5. The kvm_run
     /// structure: "the kernel side will first finish incomplete operations").
     fn complete_access(&self, kvm: &mut VcpuKvm, context: &VcpuContext) {
-        /// An access is cut into few pieces; a vCPU that gives more is not worth waiting for.
-        const PIECES_MAX: usize = 64;
+        /// KVM goes back to the guest every 1024 iterations of a repeated instruction; each has a
+        /// read and a write of up to two pieces.
+        const PIECES_MAX: usize = 4 * 1024;
         let page = ptr::from_mut(kvm.fd.get_kvm_run());
         for _ in 0..PIECES_MAX {
             kvm.fd.set_kvm_immediate_exit(1);
             if self.enter(kvm, page, context) == Entered::Interrupted {
-                break;
+                kvm.fd.set_kvm_immediate_exit(0);
+                return;
             }
         }
+        tracing::warn!(vcpu = kvm.id(), "stopped in the middle of a repeated access");
         kvm.fd.set_kvm_immediate_exit(0);
     }
 

@@ -93,7 +93,7 @@ impl KvmError {
 }
 
 /// Capabilities without which nothing works here.
-const NEEDED: [(Cap, &str); 8] = [
+const NEEDED: [(Cap, &str); 9] = [
     (Cap::Irqchip, "in-kernel irqchip"),
     (Cap::UserMemory, "user memory slots"),
     (Cap::Pit2, "PIT"),
@@ -102,6 +102,7 @@ const NEEDED: [(Cap, &str); 8] = [
     (Cap::ImmediateExit, "immediate_exit"),
     (Cap::AdjustClock, "clock access"),
     (Cap::VcpuEvents, "vCPU events"),
+    (Cap::Xsave2, "XSAVE2 (Linux 5.17)"),
 ];
 
 /// An open /dev/kvm that can do what is needed.

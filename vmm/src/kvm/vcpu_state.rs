@@ -252,11 +252,18 @@ impl VcpuKvm {
     /// were `now`, then arms the timer. All vCPUs get the same two moments, so that they stay as
     /// far from each other as they were.
     pub fn restore_tsc(&self, tsc: &TscStateV1, saved_at: u64, now: u64) -> Result<(), KvmError> {
+        /// The two reads behind `value - host` are this close, in ticks; on a host that scales,
+        /// they are farther from the offset by far.
+        const CLOSE: u64 = 1_000_000;
         let scaled = self.set_tsc_frequency(tsc.khz)?;
+        let was_scaled = |offset: u64| {
+            let off_by = tsc.value.wrapping_sub(tsc.host).wrapping_sub(offset);
+            off_by.min(off_by.wrapping_neg()) > CLOSE
+        };
         match tsc.offset {
             // An offset counts ticks of the guest's frequency: it moves by the host's ticks only
-            // where the two are the same.
-            Some(offset) if self.tsc_offset && !scaled => {
+            // where the two are the same, there and here.
+            Some(offset) if self.tsc_offset && !scaled && !was_scaled(offset) => {
                 let offset = offset.wrapping_add(saved_at).wrapping_sub(now);
                 set_tsc_offset(&self.fd, offset)?;
             }

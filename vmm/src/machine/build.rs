@@ -1,6 +1,6 @@
 //! Putting a machine together.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
@@ -76,6 +76,7 @@ impl MachineBuilder<'_> {
             pio: port_bus(&devices)?,
             mmio: Bus::new(),
             unmapped: Unmapped::default(),
+            requested: AtomicBool::new(false),
             requests,
         });
         let _ = context_cell.set(Arc::downgrade(&context));
@@ -137,6 +138,11 @@ fn request_sink(sender: RequestSender) -> (RequestSink, ContextCell) {
     let sink = move |request| {
         if let Some(context) = gate.get().and_then(std::sync::Weak::upgrade) {
             context.gate.set(Target::Park);
+            // Of several vCPUs that ask at once the first is heard; an operator always is.
+            let second = context.requested.swap(true, Ordering::SeqCst);
+            if second && request != GuestRequest::Kill {
+                return;
+            }
         }
         // The receiver lives as long as the process has a machine.
         let _ = super::lock(&sender).send(request);

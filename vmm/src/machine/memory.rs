@@ -13,7 +13,7 @@ use vm_memory::VolatileSlice;
 
 use super::{lock, Machine};
 use crate::kvm::{clear_dirty_log, set_dirty_logging};
-use crate::memory::{GuestRam, RamRegion, PAGE_SIZE};
+use crate::memory::{GuestRam, RamRegion, HUGE_PAGE_SIZE, PAGE_SIZE};
 
 pub(super) fn layout_of(ram: &GuestRam) -> Arc<MemoryLayout> {
     let ranges = ram
@@ -147,6 +147,9 @@ impl DestinationMemory for Machine {
     }
 
     fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
+        if self.is_ending() {
+            return Err(other("given up: an operator ended the VM"));
+        }
         let (_, region, first) = self.slot_of(range)?;
         if data.len() as u64 != range.bytes() {
             return Err(other(format!("{} bytes for {range}", data.len())));
@@ -169,6 +172,15 @@ impl DestinationMemory for Machine {
     fn zero(&self, range: PageRange) -> Result<(), VmError> {
         let (_, region, first) = self.slot_of(range)?;
         let offset = region.file_offset + first * PAGE_SIZE;
+        if self.ram.hugepages() && (offset | range.bytes()) % HUGE_PAGE_SIZE != 0 {
+            // A hole in hugetlbfs is whole huge pages, and before Linux 6.0 a smaller one is
+            // silently none.
+            let slice = self.slice(range)?;
+            for at in (0..slice.len()).step_by(PAGE_BYTES) {
+                slice.subslice(at, PAGE_BYTES).map_err(other)?.copy_from(&[0_u8; PAGE_BYTES][..]);
+            }
+            return Ok(());
+        }
         self.ram.punch(offset, range.bytes()).map_err(|error| VmError::Os {
             what: format!("discarding {} bytes of guest memory", range.bytes()),
             error,

@@ -74,6 +74,9 @@ pub enum MachineError {
     /// vCPUs did not stop.
     #[error("vCPUs did not stop within {} s; the VM goes on", STOP_LIMIT.as_secs())]
     NotStopped,
+    /// The guest is about to reset or to end.
+    #[error("the guest is resetting or ending: try again")]
+    Busy,
     /// The VM has ended.
     #[error("the VM has ended ({0:?})")]
     Ended(VmStatus),
@@ -144,6 +147,12 @@ impl Machine {
         &self.identity
     }
 
+    /// Frequency of the guest's TSC, kHz; 0 where KVM does not tell. The machine stands.
+    #[must_use]
+    pub fn guest_tsc_khz(&self) -> u32 {
+        self.vcpus.first().map_or(0, |v| v.kvm().fd.get_tsc_khz().unwrap_or(0))
+    }
+
     /// Kernel and initrd.
     #[must_use]
     pub fn media(&self) -> &BootMedia {
@@ -201,8 +210,15 @@ impl Machine {
         if self.context.gate.wait_parked(deadline, || self.kick()) {
             return Ok(());
         }
-        self.context.gate.set(Target::Run);
+        self.let_run();
         Err(MachineError::NotStopped)
+    }
+
+    /// Opens the gate, unless a request of the guest waits: who serves it opens it, or ends the VM.
+    fn let_run(&self) {
+        if !self.context.requested.load(Ordering::SeqCst) {
+            self.context.gate.set(Target::Run);
+        }
     }
 
     /// Loads kernel and parameters and sets the boot CPU. The machine stands.
@@ -266,7 +282,7 @@ impl Machine {
         lock(&self.devices.power).raise_pending();
         self.set_status(VmStatus::Running);
         self.take_input(true);
-        self.context.gate.set(Target::Run);
+        self.let_run();
         self.events.push("running", serde_json::Value::Null);
         Ok(())
     }
@@ -278,12 +294,18 @@ impl Machine {
         self.check_alive()?;
         let running = self.status() == VmStatus::Running;
         self.park(Instant::now() + STOP_LIMIT)?;
-        self.load_power_on_state()?;
-        self.load_boot(true)?;
+        self.context.requested.store(false, Ordering::SeqCst);
+        if let Err(error) = self.load_power_on_state().and_then(|()| self.load_boot(true)) {
+            // Neither the old guest nor a new one: nothing here may be run any more.
+            let reason = format!("the machine could not be reset: {error}");
+            let registers = String::new();
+            (self.context.requests)(GuestRequest::Crash { vcpu: 0, reason, registers });
+            return Err(error);
+        }
         self.reboots.fetch_add(1, Ordering::Relaxed);
         self.events.push("reboot", serde_json::Value::Null);
         if running {
-            self.context.gate.set(Target::Run);
+            self.let_run();
         }
         Ok(())
     }
@@ -296,11 +318,19 @@ impl Machine {
         path: &Path,
         stay_paused: bool,
     ) -> Result<(migration::snapshot::SaveSummary, Duration), MachineError> {
-        let _life = lock(&self.life);
+        let mut life = Some(lock(&self.life));
         self.check_alive()?;
         let was_running = self.status() == VmStatus::Running;
         let stopped = Instant::now();
         self.pause_held(stopped + STOP_LIMIT)?;
+        if self.context.requested.load(Ordering::SeqCst) {
+            // The request is in this process only: a file without it would hold a guest that
+            // waits for ever.
+            if was_running {
+                self.resume_held()?;
+            }
+            return Err(MachineError::Busy);
+        }
         let written = crate::snapshot::write(self, path);
         let failed = written.is_err();
         // A VM that was not saved goes on, whatever was to become of it afterwards.
@@ -308,8 +338,15 @@ impl Machine {
             self.resume_held()?;
         }
         let paused = if was_running { stopped.elapsed() } else { Duration::ZERO };
+        // The disk takes its time: a VM that goes on can be killed, paused and reset meanwhile.
+        if !stay_paused {
+            drop(life.take());
+        }
         let committed = written.and_then(|pending| Ok(pending.commit()?));
-        if committed.is_err() && was_running {
+        if stay_paused && committed.is_ok() {
+            // The file is the VM now: nobody resumes this copy.
+            self.set_status(VmStatus::Stopped);
+        } else if stay_paused && was_running {
             self.resume_held()?;
         }
         Ok((committed.map_err(Box::new)?, paused))
