@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         the_reset_button_starts_again,
         a_paused_vm_that_is_reset_stays_paused,
         a_triple_fault_is_told_with_registers,
+        a_reset_that_fails_is_a_crash,
         the_power_button_reaches_the_guest,
         a_guest_that_hangs_is_forced,
         signals_end_it,
@@ -196,6 +197,18 @@ fn a_triple_fault_is_told_with_registers() {
     for word in ["vcpu 0", "triple fault", "rip", "rsp", "cr3", "efer"] {
         assert!(said.contains(word), "nothing about {word}: {said}");
     }
+}
+
+fn a_reset_that_fails_is_a_crash() {
+    let host = Host::new();
+    let kernel = host.write("kernel", guest_images::BEACON);
+    let mut vm = host.run(BUSY, &["--kernel", &kernel]).ready();
+    // In place: the open file that the VM keeps for reboots has other contents now.
+    std::fs::write(&kernel, "no kernel any more").unwrap();
+    host.cli(&["reset", "vm"]).refused(1, &["kernel"]);
+    let end = vm.end();
+    assert_eq!(end.code, Some(3), "{end:#?}");
+    assert!(end.stderr.contains("could not be reset"), "{end:#?}");
 }
 
 fn the_power_button_reaches_the_guest() {

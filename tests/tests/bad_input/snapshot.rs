@@ -16,6 +16,7 @@ pub fn add(suite: &mut Suite, kvm: &Result<(), String>) {
         a_file_of_another_version_is_refused,
         a_file_with_parts_missing_is_refused,
         a_file_of_another_cpu_is_refused,
+        a_console_file_is_not_emptied_unasked,
     );
 }
 
@@ -54,6 +55,20 @@ fn a_full_disk_keeps_the_old_file_and_the_vm() {
     assert_eq!(restored.header.blobs.len(), 1);
     vm.goes_on_after_pauses(3, &before);
     vm.verify();
+}
+
+fn a_console_file_is_not_emptied_unasked() {
+    let host = Host::new();
+    let (log, saved) = (host.file("log"), host.file("saved"));
+    let console = format!("file:{log}");
+    let run = ["run", "--name", "vm", "--memory", "64M", "--paused", "--console", &console];
+    let mut vm = Vm::start(host.command(&run));
+    host.wait_for_api("vm", &vm);
+    host.ok(&["save", "vm", &saved, "--stop"]);
+    vm.ends_well();
+    fs::write(&log, "what was there").unwrap();
+    host.cli(&["restore", &saved]).refused(2, &[&log, "--console"]);
+    assert_eq!(fs::read_to_string(&log).unwrap(), "what was there");
 }
 
 /// Saves a small VM of 2 vCPUs.
