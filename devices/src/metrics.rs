@@ -18,6 +18,11 @@ impl Counter {
         self.0.fetch_add(events, Ordering::Relaxed);
     }
 
+    /// Sets it, for what is no count of events but a size.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
     /// Events so far.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)

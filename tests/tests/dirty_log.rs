@@ -17,6 +17,7 @@ use vmm::control::VmStatus;
 use vmm::events::EventLog;
 use vmm::kvm::HostKvm;
 use vmm::machine::{BootMedia, Machine, MachineBuilder};
+use vmm::virtio::DiskOwnership;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 64 << 20;
@@ -56,6 +57,11 @@ impl Guest {
             cpu: "host".into(),
             console: ConsoleConfig::Socket,
             on_reboot: OnReboot::Exit,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            rng: false,
+            balloon: None,
+            virtio_console: false,
         };
         let kernel = Image::embedded("beacon", guest_images::BEACON);
         let (machine, _requests) = MachineBuilder {
@@ -64,6 +70,7 @@ impl Guest {
             media: BootMedia { kernel, initrd: None },
             console: writer,
             events: EventLog::default(),
+            disks: DiskOwnership::Owner,
             cpuid: None,
         }
         .build()

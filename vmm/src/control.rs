@@ -3,6 +3,7 @@
 //! The HTTP server and the command line know a VM only through [`Control`]; the machine
 //! implements it. Every type here is part of the published API (docs/openapi.yaml).
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,8 @@ pub struct VmStats {
     pub vcpus: Vec<VcpuStats>,
     /// Accesses to addresses where nothing is (reads gave all ones).
     pub unmapped: UnmappedStats,
+    /// One entry per virtio device, by slot.
+    pub devices: Vec<DeviceStats>,
     /// Bytes that the guest wrote to its console.
     pub console_bytes: u64,
     /// Console output dropped because nobody took it in time, bytes.
@@ -81,6 +84,31 @@ pub struct VcpuStats {
     pub mmio: u64,
     /// CPU time of the vCPU's thread, milliseconds.
     pub cpu_ms: u64,
+}
+
+/// Counters of one virtio device.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct DeviceStats {
+    /// Name of the disk or network card; the kind of any other device.
+    pub id: String,
+    /// Kind of the device: `virtio-block`, `virtio-net`, ...
+    pub kind: String,
+    /// Its slot.
+    pub slot: u32,
+    /// Notifications of queues that the device looked at.
+    pub notifications: u64,
+    /// Interrupts raised.
+    pub interrupts: u64,
+    /// Resets by the driver.
+    pub resets: u64,
+    /// Times that the guest broke the rules, after which only a reset by its driver helps.
+    pub needs_resets: u64,
+    /// Notifications that came too early, or of no queue: ignored.
+    pub early_notifications: u64,
+    /// Accesses to registers that are not there, or not like that: ignored.
+    pub bad_accesses: u64,
+    /// What this kind of device counts, by name.
+    pub counters: BTreeMap<String, u64>,
 }
 
 /// Accesses to nowhere: ignored, counted.
@@ -149,6 +177,12 @@ pub trait Control: Send + Sync {
     /// Saves the whole VM to `path`. A running VM is paused for it and goes on afterwards,
     /// unless `then_stop`. Written under a temporary name, renamed when complete.
     fn save(&self, path: PathBuf, then_stop: bool) -> Result<SaveReport, ControlError>;
+    /// Sets the memory that the balloon is to take from the guest, bytes: whole pages of 4 KiB.
+    fn set_balloon(&self, bytes: u64) -> Result<(), ControlError>;
+    /// Plugs the cable of network card `id` in or out.
+    fn set_link(&self, id: &str, up: bool) -> Result<(), ControlError>;
+    /// Tells the guest the size of its virtio console, characters.
+    fn resize_console(&self, columns: u16, rows: u16) -> Result<(), ControlError>;
     /// The event log, to read and to follow.
     fn events(&self) -> &EventLog;
 }

@@ -6,7 +6,10 @@ use devices::{Payload, Persist, PersistError};
 use kvm_bindings::{kvm_cpuid_entry2, CpuId};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConsoleConfig, MemoryConfig, OnReboot, VmConfig};
+use crate::config::{
+    BalloonConfig, CacheMode, ConsoleConfig, DiskConfig, Mac, MemoryConfig, NetConfig, OnReboot,
+    VmConfig,
+};
 use crate::cpu::missing_features;
 use crate::kvm::{HostKvm, KvmError};
 
@@ -40,6 +43,40 @@ enum ConsoleV1 {
     Pty,
     Socket,
     File(PathBuf),
+}
+
+/// The configuration of a VM as it is saved, version 2: with virtio devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigV2 {
+    machine: ConfigV1,
+    disks: Vec<DiskV1>,
+    nets: Vec<NetV1>,
+    rng: bool,
+    balloon_deflates_on_oom: Option<bool>,
+    virtio_console: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct DiskV1 {
+    id: String,
+    path: PathBuf,
+    readonly: bool,
+    cache: CacheV1,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum CacheV1 {
+    Writeback,
+    Writethrough,
+    Unsafe,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct NetV1 {
+    id: String,
+    tap: String,
+    mac: [u8; 6],
+    mtu: Option<u16>,
 }
 
 /// A TSC whose frequency is off by more than this share is another frequency: what NTP corrects
@@ -104,29 +141,6 @@ pub(crate) fn tsc_differs(a: u32, b: u32) -> bool {
     a != 0 && b != 0 && u64::from(a.abs_diff(b)) * 1_000_000 > u64::from(a) * TSC_TOLERANCE_PPM
 }
 
-impl From<&VmConfig> for ConfigV1 {
-    fn from(config: &VmConfig) -> Self {
-        let config = config.clone();
-        Self {
-            name: config.name,
-            kernel: config.kernel,
-            initrd: config.initrd,
-            cmdline: config.cmdline,
-            memory: config.memory.size,
-            hugepages: config.memory.hugepages,
-            cpus: config.cpus,
-            cpu: config.cpu,
-            console: match config.console {
-                ConsoleConfig::Stdio => ConsoleV1::Stdio,
-                ConsoleConfig::Pty => ConsoleV1::Pty,
-                ConsoleConfig::Socket => ConsoleV1::Socket,
-                ConsoleConfig::File(path) => ConsoleV1::File(path),
-            },
-            restart_on_reboot: config.on_reboot == OnReboot::Restart,
-        }
-    }
-}
-
 impl From<ConfigV1> for VmConfig {
     fn from(saved: ConfigV1) -> Self {
         Self {
@@ -144,17 +158,104 @@ impl From<ConfigV1> for VmConfig {
                 ConsoleV1::File(path) => ConsoleConfig::File(path),
             },
             on_reboot: if saved.restart_on_reboot { OnReboot::Restart } else { OnReboot::Exit },
+            // Version 1 is from before there were such devices.
+            disks: Vec::new(),
+            nets: Vec::new(),
+            rng: false,
+            balloon: None,
+            virtio_console: false,
         }
+    }
+}
+
+impl From<&VmConfig> for ConfigV2 {
+    fn from(config: &VmConfig) -> Self {
+        let config = config.clone();
+        let machine = ConfigV1 {
+            name: config.name,
+            kernel: config.kernel,
+            initrd: config.initrd,
+            cmdline: config.cmdline,
+            memory: config.memory.size,
+            hugepages: config.memory.hugepages,
+            cpus: config.cpus,
+            cpu: config.cpu,
+            console: match config.console {
+                ConsoleConfig::Stdio => ConsoleV1::Stdio,
+                ConsoleConfig::Pty => ConsoleV1::Pty,
+                ConsoleConfig::Socket => ConsoleV1::Socket,
+                ConsoleConfig::File(path) => ConsoleV1::File(path),
+            },
+            restart_on_reboot: config.on_reboot == OnReboot::Restart,
+        };
+        let disk = |disk: DiskConfig| DiskV1 {
+            id: disk.id,
+            path: disk.path,
+            readonly: disk.readonly,
+            cache: match disk.cache {
+                CacheMode::Writeback => CacheV1::Writeback,
+                CacheMode::Writethrough => CacheV1::Writethrough,
+                CacheMode::Unsafe => CacheV1::Unsafe,
+            },
+        };
+        let net = |net: NetConfig| NetV1 { id: net.id, tap: net.tap, mac: net.mac.0, mtu: net.mtu };
+        Self {
+            machine,
+            disks: config.disks.into_iter().map(disk).collect(),
+            nets: config.nets.into_iter().map(net).collect(),
+            rng: config.rng,
+            balloon_deflates_on_oom: config.balloon.map(|balloon| balloon.deflate_on_oom),
+            virtio_console: config.virtio_console,
+        }
+    }
+}
+
+impl From<ConfigV2> for VmConfig {
+    fn from(saved: ConfigV2) -> Self {
+        let disk = |disk: DiskV1| DiskConfig {
+            id: disk.id,
+            path: disk.path,
+            readonly: disk.readonly,
+            cache: match disk.cache {
+                CacheV1::Writeback => CacheMode::Writeback,
+                CacheV1::Writethrough => CacheMode::Writethrough,
+                CacheV1::Unsafe => CacheMode::Unsafe,
+            },
+        };
+        let net =
+            |net: NetV1| NetConfig { id: net.id, tap: net.tap, mac: Mac(net.mac), mtu: net.mtu };
+        Self {
+            disks: saved.disks.into_iter().map(disk).collect(),
+            nets: saved.nets.into_iter().map(net).collect(),
+            rng: saved.rng,
+            balloon: (saved.balloon_deflates_on_oom)
+                .map(|deflate_on_oom| BalloonConfig { deflate_on_oom }),
+            virtio_console: saved.virtio_console,
+            ..Self::from(saved.machine)
+        }
+    }
+}
+
+/// The configuration as it is saved: kind, newest version, and the encoded form.
+pub fn encode_config(config: &VmConfig) -> Result<Payload, PersistError> {
+    ConfigV2::from(config).save_payload(0)
+}
+
+/// Decodes what [`encode_config`] made, or an older version of it.
+pub fn decode_config(version: u16, data: Vec<u8>) -> Result<VmConfig, PersistError> {
+    match version {
+        1 => ConfigV1::decode(version, data).map(VmConfig::from),
+        _ => ConfigV2::decode(version, data).map(VmConfig::from),
     }
 }
 
 /// Plain data as a payload with kind and version: what [`Persist`] gives a live part, for values
 /// that are their own state.
 macro_rules! plain_payload {
-    ($type:ty, $kind:literal) => {
+    ($type:ty, $kind:literal, $version:literal) => {
         impl Persist for $type {
             const KIND: &'static str = $kind;
-            const VERSION: u16 = 1;
+            const VERSION: u16 = $version;
             type State = Self;
             type Error = PersistError;
 
@@ -182,8 +283,9 @@ macro_rules! plain_payload {
     };
 }
 
-plain_payload!(IdentityV1, "identity");
-plain_payload!(ConfigV1, "config");
+plain_payload!(IdentityV1, "identity", 1);
+plain_payload!(ConfigV1, "config", 1);
+plain_payload!(ConfigV2, "config", 2);
 
 #[cfg(test)]
 mod tests {
@@ -201,27 +303,55 @@ mod tests {
             cpu: "host".into(),
             console: ConsoleConfig::File("/f".into()),
             on_reboot: OnReboot::Exit,
+            disks: vec!["id=d,path=/d,readonly".parse().unwrap()],
+            nets: vec![NetConfig {
+                id: "n".into(),
+                tap: "t".into(),
+                mac: Mac([2, 0, 0, 0, 0, 1]),
+                mtu: Some(1400),
+            }],
+            rng: true,
+            balloon: Some(BalloonConfig { deflate_on_oom: true }),
+            virtio_console: false,
         }
     }
 
+    const VERSION_1: [u8; 26] = [
+        1, b'a', 1, 2, b'/', b'k', 0, 1, b'c', 252, 0, 0, 0, 4, 0, 2, 4, b'h', b'o', b's', b't', 3,
+        2, b'/', b'f', 0,
+    ];
+
     #[test]
-    fn configuration_version_1_is_frozen() {
-        let payload = ConfigV1::from(&config()).save_payload(0).unwrap();
-        let golden = [
-            1, b'a', 1, 2, b'/', b'k', 0, 1, b'c', 252, 0, 0, 0, 4, 0, 2, 4, b'h', b'o', b's',
-            b't', 3, 2, b'/', b'f', 0,
+    fn configuration_version_1_still_decodes() {
+        let back = decode_config(1, VERSION_1.to_vec()).unwrap();
+        let before = VmConfig {
+            disks: Vec::new(),
+            nets: Vec::new(),
+            rng: false,
+            balloon: None,
+            virtio_console: false,
+            ..config()
+        };
+        assert_eq!(back, before);
+    }
+
+    #[test]
+    fn configuration_version_2_is_frozen() {
+        let payload = encode_config(&config()).unwrap();
+        let devices = [
+            1, 1, b'd', 2, b'/', b'd', 1, 0, 1, 1, b'n', 1, b't', 2, 0, 0, 0, 0, 1, 1, 251, 120, 5,
+            1, 1, 1, 0,
         ];
-        assert_eq!(payload.data, golden);
-        let back = ConfigV1::decode(payload.version, payload.data).unwrap();
-        assert_eq!(VmConfig::from(back), config());
+        assert_eq!(payload.data, [&VERSION_1[..], &devices[..]].concat());
+        assert_eq!(decode_config(payload.version, payload.data).unwrap(), config());
     }
 
     #[test]
     fn a_newer_configuration_is_refused() {
-        let payload = ConfigV1::from(&config()).save_payload(0).unwrap();
+        let payload = encode_config(&config()).unwrap();
         assert!(matches!(
-            ConfigV1::decode(2, payload.data),
-            Err(PersistError::UnknownVersion { found: 2, .. })
+            decode_config(3, payload.data),
+            Err(PersistError::UnknownVersion { found: 3, .. })
         ));
     }
 

@@ -37,6 +37,24 @@ pub const ACPI_TABLES: u64 = 0xE_0000;
 /// Start of extended memory.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
+/// Registers of the first virtio device.
+const VIRTIO_MMIO: u64 = 0xD000_0000;
+
+/// Address of the registers of the virtio device in `slot`.
+#[must_use]
+pub fn virtio_mmio(slot: u32) -> u64 {
+    VIRTIO_MMIO + u64::from(slot) * devices::virtio::mmio::SIZE
+}
+
+/// Interrupt line (GSI) of the virtio device in `slot`: first those above the ISA interrupts, then
+/// the ISA interrupts that nothing in this machine has.
+#[must_use]
+pub fn virtio_gsi(slot: u32) -> u32 {
+    const LINES: [u32; crate::config::MAX_DEVICES] =
+        [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 14, 15];
+    LINES[slot as usize % LINES.len()]
+}
+
 /// Three pages that KVM on Intel needs for real mode; inside the hole, used by nothing else.
 pub const KVM_TSS: u64 = 0xFFFB_D000;
 /// One page for KVM's identity map.

@@ -20,3 +20,4 @@ pub mod run;
 pub mod runtime_dir;
 pub mod snapshot;
 pub mod vcpu;
+pub mod virtio;

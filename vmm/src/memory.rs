@@ -11,6 +11,7 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use devices::virtio::balloon::Discard;
 use rustix::fs::{memfd_create, FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use vm_memory::bitmap::AtomicBitmap;
@@ -89,6 +90,45 @@ pub struct RamRegion {
 
 /// Memory with the device bitmap.
 pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+
+/// Gives pages of guest memory back to the host, for the balloon.
+#[derive(Debug)]
+pub struct RamDiscard {
+    memory: Memory,
+    file: File,
+    regions: Vec<RamRegion>,
+    hugepages: bool,
+}
+
+impl Discard for RamDiscard {
+    fn discard(&mut self, gpa: u64, len: u64) -> io::Result<()> {
+        if self.hugepages {
+            // A hole in hugetlbfs is whole huge pages; a balloon's pages are 4 KiB.
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        // A run of pages may cross from one region to the next.
+        let end = gpa + len;
+        for region in &self.regions {
+            let from = gpa.max(region.gpa);
+            let to = end.min(region.gpa + region.len);
+            if from >= to {
+                continue;
+            }
+            punch(&self.file, region.file_offset + (from - region.gpa), to - from)?;
+            if let Some(mapped) = self.memory.find_region(GuestAddress(region.gpa)) {
+                let len = usize::try_from(to - from).map_err(io::Error::other)?;
+                let at = usize::try_from(from - region.gpa).map_err(io::Error::other)?;
+                mapped.get_mmap().bitmap().set_addr_range(at, len);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, mode, offset, len)?)
+}
 
 /// The guest's RAM.
 #[derive(Debug)]
@@ -219,8 +259,20 @@ impl GuestRam {
 
     /// Gives back `len` bytes at `offset` of the memfd: they read as zeros afterwards.
     pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.file, mode, offset, len)?)
+        punch(&self.file, offset, len)
+    }
+
+    /// What gives pages of this memory back.
+    ///
+    /// # Errors
+    /// The file cannot be duplicated.
+    pub fn discarder(&self) -> io::Result<RamDiscard> {
+        Ok(RamDiscard {
+            memory: self.memory.clone(),
+            file: self.file.try_clone()?,
+            regions: self.regions.clone(),
+            hugepages: self.hugepages,
+        })
     }
 
     /// Offset of the next data or hole; `None` where nothing but a hole is left.

@@ -9,9 +9,9 @@ use serde_json::json;
 
 use crate::api;
 use crate::boot::{BootError, Image};
-use crate::cli::{on_termination, CliError, Exit};
+use crate::cli::{on_resize, on_termination, CliError, Exit};
 use crate::config::{
-    ConsoleConfig, OnReboot, ProcessSettings, RestoreSettings, RunSettings, VmConfig,
+    ConfigError, ConsoleConfig, OnReboot, ProcessSettings, RestoreSettings, RunSettings, VmConfig,
 };
 use crate::console::{Console, ConsoleError, ConsoleHandle, ConsoleInput};
 use crate::control::{Control, ControlError, SaveReport, VmInfo, VmStats, VmStatus};
@@ -22,6 +22,7 @@ use crate::process;
 use crate::runtime_dir::{ClaimedName, Pidfile, RuntimeDir, RuntimeDirError};
 use crate::snapshot::{self, SaveError};
 use crate::vcpu::GuestRequest;
+use crate::virtio::{DiskOwnership, VirtioError};
 
 /// How long console output may take to flow out at the end.
 const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
@@ -52,6 +53,9 @@ pub enum RunError {
     /// Names, sockets, pidfile.
     #[error(transparent)]
     RuntimeDir(#[from] RuntimeDirError),
+    /// Backends for the saved VM that cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// Console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -88,7 +92,9 @@ impl From<RunError> for CliError {
             // What was asked for cannot be: another command line may do.
             RunError::ConsoleFile(_)
             | RunError::Boot(_)
+            | RunError::Config(_)
             | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => Exit::Usage,
+            RunError::Machine(MachineError::Virtio(VirtioError::DiskInUse { .. })) => Exit::Refused,
             _ => Exit::Failed,
         };
         Self::new(exit, error)
@@ -110,6 +116,7 @@ pub fn restore(settings: RestoreSettings) -> Result<RunEnd, RunError> {
     let saved = snapshot::open(&settings.file, &host)?;
     let (mut config, media, cpuid, loader) = saved.split();
     config.name = settings.name.unwrap_or(config.name);
+    config.replace_backends(&settings.disks, &settings.nets)?;
     config.console = match (settings.console, config.console) {
         (Some(told), _) => told,
         // A console file is emptied: not one that a saved file names.
@@ -143,10 +150,19 @@ fn run_machine(
     let events = EventLog::default();
     let (console, writer) = Console::open(&config.console, &name.console_paths())?;
     let on_reboot = config.on_reboot;
+    let stdio = config.console == ConsoleConfig::Stdio;
+    let virtio_console = config.virtio_console;
     let restored = saved.is_some();
     let (cpuid, loader) = saved.map_or((None, None), |(c, l)| (Some(c), Some(l)));
-    let builder =
-        MachineBuilder { host, config, media, console: writer, events: events.clone(), cpuid };
+    let builder = MachineBuilder {
+        host,
+        config,
+        media,
+        console: writer,
+        events: events.clone(),
+        disks: DiskOwnership::Owner,
+        cpuid,
+    };
     let (machine, requests) = builder.build()?;
     let handle = Arc::new(VmHandle {
         machine: Arc::clone(&machine),
@@ -158,6 +174,11 @@ fn run_machine(
         let ending = Arc::clone(&machine);
         on_termination(move |_| ending.kill()).map_err(RunError::Signals)?;
         wire_console(&console, &machine);
+        if virtio_console && stdio {
+            let sized = Arc::clone(&machine);
+            on_resize(move |columns, rows| drop(sized.resize_console(columns, rows)))
+                .map_err(RunError::Signals)?;
+        }
         match loader {
             Some(loader) => loader.load(&machine)?,
             None => machine.load_boot(false)?,
@@ -243,7 +264,11 @@ struct VmHandle {
 impl From<MachineError> for ControlError {
     fn from(error: MachineError) -> Self {
         match error {
-            MachineError::Ended(_) | MachineError::Busy => Self::Conflict(error.to_string()),
+            MachineError::Ended(_)
+            | MachineError::Busy
+            | MachineError::Blocked(_)
+            | MachineError::NoDevice(_) => Self::Conflict(error.to_string()),
+            MachineError::Size(message) => Self::BadRequest(message),
             error => Self::Failed(error.to_string()),
         }
     }
@@ -273,6 +298,7 @@ impl Control for VmHandle {
             cpu_ms: process::cpu_ms(),
             vcpus,
             unmapped,
+            devices: self.machine.device_stats(),
             console_bytes: self.console.written_bytes(),
             console_dropped_bytes: self.console.dropped_bytes(),
             reboots,
@@ -319,6 +345,18 @@ impl Control for VmHandle {
             self.machine.kill();
         }
         Ok(report)
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
+        Ok(self.machine.set_balloon(bytes)?)
+    }
+
+    fn set_link(&self, id: &str, up: bool) -> Result<(), ControlError> {
+        Ok(self.machine.set_link(id, up)?)
+    }
+
+    fn resize_console(&self, columns: u16, rows: u16) -> Result<(), ControlError> {
+        Ok(self.machine.resize_console(columns, rows)?)
     }
 
     fn events(&self) -> &EventLog {

@@ -18,7 +18,7 @@ use rustix::fs::{memfd_create, MemfdFlags};
 
 use crate::boot::Image;
 use crate::config::VmConfig;
-use crate::identity::{ConfigV1, IdentityError, IdentityV1};
+use crate::identity::{decode_config, encode_config, IdentityError, IdentityV1};
 use crate::kvm::HostKvm;
 use crate::machine::{BootMedia, Machine, StateError};
 
@@ -69,7 +69,7 @@ pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveErro
     let mut identity = machine.identity().clone();
     identity.tsc_khz = machine.guest_tsc_khz();
     let identity = identity.save_payload(0).map_err(IdentityError::from)?;
-    let config = ConfigV1::from(machine.config()).save_payload(0).map_err(IdentityError::from)?;
+    let config = encode_config(machine.config()).map_err(IdentityError::from)?;
     let media = machine.media();
     let mut kernel = ImageReader { image: &media.kernel, at: 0 };
     let mut initrd = media.initrd.as_ref().map(|image| ImageReader { image, at: 0 });
@@ -114,8 +114,7 @@ pub struct Saved {
 pub fn open(path: &Path, host: &HostKvm) -> Result<Saved, SaveError> {
     let (header, reader) = SnapshotReader::open(path)?;
     let config =
-        ConfigV1::decode(header.config.version, header.config.data).map_err(IdentityError::from)?;
-    let config = VmConfig::from(config);
+        decode_config(header.config.version, header.config.data).map_err(IdentityError::from)?;
     config
         .validate(crate::config::HostLimits::detect())
         .map_err(|e| SaveError::Config(e.to_string()))?;

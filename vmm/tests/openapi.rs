@@ -4,9 +4,14 @@
 
 use serde::Serialize;
 use serde_json::{json, Value};
-use vmm::api::{ErrorReply, SaveRequest, StatusReply, MAX_BODY, ROUTES};
-use vmm::config::{HostLimits, RunOptions, VmConfig, MAX_CMDLINE, MAX_CPUS, MIN_MEMORY};
-use vmm::control::{SaveReport, UnmappedStats, VcpuStats, VmInfo, VmStats, VmStatus};
+use vmm::api::{
+    BalloonRequest, ConsoleSizeRequest, ErrorReply, LinkRequest, SaveRequest, StatusReply,
+    MAX_BODY, ROUTES,
+};
+use vmm::config::{
+    BalloonConfig, HostLimits, RunOptions, VmConfig, MAX_CMDLINE, MAX_CPUS, MIN_MEMORY,
+};
+use vmm::control::{DeviceStats, SaveReport, UnmappedStats, VcpuStats, VmInfo, VmStats, VmStatus};
 use vmm::events::{Event, EVENTS_KEPT};
 
 const YAML: &str = include_str!("../../docs/openapi.yaml");
@@ -70,7 +75,13 @@ fn same_fields(schema: &str, value: impl Serialize, optional: &[&str]) {
 }
 
 fn config() -> VmConfig {
-    RunOptions::default().finish(HostLimits { memory: u64::MAX }, "x").unwrap().vm
+    let options = RunOptions {
+        disks: vec!["id=d,path=/d".parse().unwrap()],
+        nets: vec!["id=n,tap=t".parse().unwrap()],
+        balloon: Some(BalloonConfig::default()),
+        ..RunOptions::default()
+    };
+    options.finish(HostLimits { memory: u64::MAX }, "x").unwrap().vm
 }
 
 #[test]
@@ -87,15 +98,22 @@ fn the_fields_are_the_same() {
     };
     same_fields("VmInfo", info, &[]);
     same_fields("VmConfig", config(), &[]);
+    same_fields("DiskConfig", config().disks[0].clone(), &[]);
+    same_fields("NetConfig", config().nets[0].clone(), &[]);
+    same_fields("BalloonConfig", config().balloon, &[]);
     same_fields("MemoryConfig", config().memory, &[]);
     same_fields("VmStats", VmStats::default(), &[]);
     same_fields("VcpuStats", VcpuStats::default(), &[]);
+    same_fields("DeviceStats", DeviceStats::default(), &[]);
     same_fields("UnmappedStats", UnmappedStats::default(), &[]);
     let event = Event { seq: 1, unix_ms: 0, kind: String::new(), detail: json!({}) };
     same_fields("Event", event, &["detail"]);
     same_fields("StatusReply", StatusReply { status }, &[]);
     let request = SaveRequest { path: "/".into(), then_stop: false };
     same_fields("SaveRequest", request, &["then_stop"]);
+    same_fields("BalloonRequest", BalloonRequest { target_bytes: 0 }, &[]);
+    same_fields("LinkRequest", LinkRequest { card: String::new(), up: true }, &[]);
+    same_fields("ConsoleSizeRequest", ConsoleSizeRequest { columns: 1, rows: 1 }, &[]);
     same_fields("SaveReport", SaveReport::default(), &[]);
     same_fields("ErrorReply", ErrorReply { error: String::new() }, &[]);
 }

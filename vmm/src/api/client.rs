@@ -12,6 +12,7 @@ use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use serde::Serialize;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
@@ -119,6 +120,21 @@ impl Client {
     pub fn command(&self, command: &str) -> Result<VmStatus, ClientError> {
         let path = format!("/v1/vm/{command}");
         let reply: StatusReply = self.ask(Method::PUT, &path, Bytes::new(), Some(COMMAND))?;
+        Ok(reply.status)
+    }
+
+    /// As [`Client::command`], of a command with a body: `balloon`, `link` and `console-size`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn command_with(
+        &self,
+        command: &str,
+        body: &impl Serialize,
+    ) -> Result<VmStatus, ClientError> {
+        let path = format!("/v1/vm/{command}");
+        let body = serde_json::to_vec(body).map_err(protocol)?;
+        let reply: StatusReply = self.ask(Method::PUT, &path, body.into(), Some(COMMAND))?;
         Ok(reply.status)
     }
 

@@ -40,6 +40,34 @@ pub struct SaveRequest {
     pub then_stop: bool,
 }
 
+/// Body of `PUT /v1/vm/balloon`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonRequest {
+    /// Memory that the balloon is to take from the guest, bytes; whole pages of 4 KiB.
+    pub target_bytes: u64,
+}
+
+/// Body of `PUT /v1/vm/link`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkRequest {
+    /// Id of the network card.
+    pub card: String,
+    /// Whether its cable is plugged in.
+    pub up: bool,
+}
+
+/// Body of `PUT /v1/vm/console-size`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleSizeRequest {
+    /// Characters in a line.
+    pub columns: u16,
+    /// Lines.
+    pub rows: u16,
+}
+
 /// Query of `GET /v1/vm/events`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

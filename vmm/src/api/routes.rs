@@ -18,7 +18,10 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch, OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
-use super::{EventsQuery, Limits, SaveRequest, StatusReply, MAX_BODY};
+use super::{
+    BalloonRequest, ConsoleSizeRequest, EventsQuery, Limits, LinkRequest, SaveRequest, StatusReply,
+    MAX_BODY,
+};
 use crate::config::VmConfig;
 use crate::control::{Control, ControlError, SaveReport, VmInfo, VmStats};
 use crate::events::{Event, EventLog};
@@ -35,6 +38,9 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("PUT", "/v1/vm/kill"),
     ("PUT", "/v1/vm/reset"),
     ("PUT", "/v1/vm/save"),
+    ("PUT", "/v1/vm/balloon"),
+    ("PUT", "/v1/vm/link"),
+    ("PUT", "/v1/vm/console-size"),
 ];
 
 /// What handlers share.
@@ -61,6 +67,9 @@ pub(super) fn router(shared: Shared) -> Router {
         .route("/v1/vm/kill", put(kill))
         .route("/v1/vm/reset", put(reset))
         .route("/v1/vm/save", put(save))
+        .route("/v1/vm/balloon", put(balloon))
+        .route("/v1/vm/link", put(link))
+        .route("/v1/vm/console-size", put(console_size))
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
         .with_state(shared)
@@ -110,6 +119,21 @@ async fn kill(State(shared): State<Shared>) -> Reply<StatusReply> {
 
 async fn reset(State(shared): State<Shared>) -> Reply<StatusReply> {
     command(&shared, |control| control.reset()).await
+}
+
+async fn balloon(State(shared): State<Shared>, request: Request) -> Reply<StatusReply> {
+    let BalloonRequest { target_bytes } = read_json(request, &shared.limits).await?;
+    command(&shared, move |control| control.set_balloon(target_bytes)).await
+}
+
+async fn link(State(shared): State<Shared>, request: Request) -> Reply<StatusReply> {
+    let LinkRequest { card, up } = read_json(request, &shared.limits).await?;
+    command(&shared, move |control| control.set_link(&card, up)).await
+}
+
+async fn console_size(State(shared): State<Shared>, request: Request) -> Reply<StatusReply> {
+    let ConsoleSizeRequest { columns, rows } = read_json(request, &shared.limits).await?;
+    command(&shared, move |control| control.resize_console(columns, rows)).await
 }
 
 /// Goes on when the client is gone: half a saved file would be worse than an unwanted one.

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{
-    parse_cmdline, parse_cpu, parse_cpus, parse_name, parse_size, ConfigError, ConsoleConfig,
-    LogConfig, OnReboot, RestoreSettings, RunOptions,
+    parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_size, BalloonConfig,
+    ConfigError, ConsoleConfig, DiskConfig, LogConfig, NetOptions, OnReboot, Replacement,
+    RestoreSettings, RunOptions,
 };
 
 const EXAMPLES: &str = "\
@@ -68,6 +69,10 @@ pub(super) enum Command {
     Console(ConsoleArgs),
     /// Show the counters of a VM
     Stats(Named),
+    /// Set how much memory the balloon of a VM takes from its guest
+    Balloon(BalloonArgs),
+    /// Plug the cable of a network card in or out
+    Link(LinkArgs),
     /// Show what happened to a VM
     Events(EventsArgs),
 }
@@ -142,6 +147,28 @@ pub(super) struct RunArgs {
     /// What a reboot of the guest does: restart, or exit [default: restart]
     #[arg(long, value_name = "ACTION")]
     on_reboot: Option<OnReboot>,
+    /// Disk: id=NAME,path=FILE[,readonly][,cache=writeback|writethrough|unsafe]; may be repeated
+    ///
+    /// FILE is a raw image or a block device; the VM locks it. The guest's writes are on stable
+    /// storage when it flushes (writeback), at once, or never for certain (unsafe).
+    #[arg(long = "disk", value_name = "SETTINGS")]
+    disks: Vec<DiskConfig>,
+    /// Network card: id=NAME,tap=INTERFACE[,mac=ADDRESS][,mtu=BYTES]; may be repeated
+    ///
+    /// The tap must exist (ip tuntap add dev tap0 mode tap). Without mac, the address is made from
+    /// the names of VM and card.
+    #[arg(long = "net", value_name = "SETTINGS")]
+    nets: Vec<NetOptions>,
+    /// Give the guest random numbers of the host
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    rng: Option<bool>,
+    /// Memory balloon, steered by `minivmm balloon`; with deflate-on-oom the guest takes memory
+    /// back when it runs out
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "", value_name = "SETTINGS")]
+    balloon: Option<BalloonConfig>,
+    /// Add a virtio console (hvc0), which shares --console with the serial port
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    virtio_console: Option<bool>,
     /// Read settings from a TOML file
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
@@ -166,6 +193,11 @@ impl RunArgs {
             paused: self.process.paused,
             pidfile: self.process.pidfile,
             log: self.process.log,
+            disks: self.disks,
+            nets: self.nets,
+            rng: self.rng,
+            balloon: self.balloon,
+            virtio_console: self.virtio_console,
         };
         match self.config {
             Some(path) => Ok(flags.over(RunOptions::from_file(&path)?)),
@@ -185,6 +217,12 @@ pub(super) struct RestoreArgs {
     /// Another name [default: as it was saved]
     #[arg(long, value_parser = parse_name)]
     name: Option<String>,
+    /// Another file or block device for a disk: ID=PATH; may be repeated
+    #[arg(long = "disk", value_name = "ID=PATH")]
+    disks: Vec<Replacement>,
+    /// Another tap for a network card: ID=TAP; may be repeated
+    #[arg(long = "net", value_name = "ID=TAP")]
+    nets: Vec<Replacement>,
     #[command(flatten)]
     process: ProcessArgs,
 }
@@ -193,7 +231,8 @@ impl RestoreArgs {
     pub(super) fn settings(self) -> Result<RestoreSettings, ConfigError> {
         let ProcessArgs { console, paused, pidfile, log } = self.process;
         let paused = paused.unwrap_or(false);
-        RestoreSettings::new(self.file, self.name, console, paused, pidfile, log)
+        let settings = RestoreSettings::new(self.file, self.name, console, paused, pidfile, log)?;
+        Ok(RestoreSettings { disks: self.disks, nets: self.nets, ..settings })
     }
 }
 
@@ -263,6 +302,50 @@ pub(super) struct ConsoleArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
+The guest gives memory as it can: `minivmm stats` tells how much the balloon holds.
+
+Examples:
+  minivmm balloon web 256M   take 256 MiB from the guest
+  minivmm balloon web 0      give all of it back")]
+pub(super) struct BalloonArgs {
+    /// Name of the VM
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
+    /// Memory in the balloon: 512M, 1G or bytes; whole pages of 4 KiB
+    #[arg(value_parser = parse_size)]
+    pub(super) size: u64,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  minivmm link web eth0 down")]
+pub(super) struct LinkArgs {
+    /// Name of the VM
+    #[arg(value_parser = parse_name)]
+    pub(super) name: String,
+    /// Name of the network card
+    #[arg(value_parser = parse_id)]
+    pub(super) card: String,
+    /// up or down
+    pub(super) link: LinkState,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+/// Whether a cable is plugged in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum LinkState {
+    /// Plugged in.
+    Up,
+    /// Not plugged in.
+    Down,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
 Events are numbered from 1; the VM keeps the last 1024.
 
 Examples:
@@ -305,7 +388,9 @@ mod tests {
     fn flags_say_all_that_options_can() {
         let options = run_options(
             "--name web --kernel k --initrd i --cmdline quiet --memory 1G --hugepages --cpus 2 \
-             --cpu host,-rdrand --console file:c --on-reboot exit --paused --pidfile p --log info:l",
+             --cpu host,-rdrand --console file:c --on-reboot exit --paused --pidfile p --log info:l \
+             --disk id=a,path=/a --disk id=b,path=/b,readonly --net id=n,tap=t --rng \
+             --balloon=deflate-on-oom --virtio-console",
         );
         let expected = RunOptions {
             name: Some("web".into()),
@@ -321,7 +406,13 @@ mod tests {
             paused: Some(true),
             pidfile: Some("p".into()),
             log: Some(LogConfig { filter: "info".into(), file: Some("l".into()) }),
+            disks: vec!["id=a,path=/a".parse().unwrap(), "id=b,path=/b,readonly".parse().unwrap()],
+            nets: vec!["id=n,tap=t".parse().unwrap()],
+            rng: Some(true),
+            balloon: Some(BalloonConfig { deflate_on_oom: true }),
+            virtio_console: Some(true),
         };
+        assert_eq!(run_options("--balloon").balloon, Some(BalloonConfig::default()));
         assert_eq!(options, expected);
         assert_eq!(run_options(""), RunOptions::default());
     }

@@ -7,12 +7,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::{on_termination, CliError, Exit};
+use super::{on_resize, on_termination, CliError, Exit};
+use crate::api::{Client, ConsoleSizeRequest};
 use crate::config::ConsoleConfig;
 use crate::console::{self, AttachEnd, StdinKind, REFUSAL};
 use crate::control::VmInfo;
 
-pub(super) fn console(info: &VmInfo) -> Result<Exit, CliError> {
+/// `client` reaches the VM that `info` is of.
+pub(super) fn console(client: Client, info: &VmInfo) -> Result<Exit, CliError> {
     let name = &info.name;
     let refused = |message: String| Err(CliError::text(Exit::Refused, message));
     let path = match (&info.config.console, &info.console_path) {
@@ -50,6 +52,12 @@ pub(super) fn console(info: &VmInfo) -> Result<Exit, CliError> {
             std::process::exit(Exit::Failed as i32);
         })?;
         console::set_raw()?;
+        if info.config.virtio_console {
+            on_resize(move |columns, rows| {
+                // A console of the wrong size is no reason to leave it.
+                let _ = client.command_with("console-size", &ConsoleSizeRequest { columns, rows });
+            })?;
+        }
     }
     let mut output = Output { to: io::stdout(), held: Some(Vec::new()) };
     let stdin = io::stdin();

@@ -22,7 +22,7 @@ use crate::config::{HostLimits, LogConfig, RestoreSettings, RunSettings};
 
 pub use args::Cli;
 pub use exit::{CliError, Exit};
-pub use signals::on_termination;
+pub use signals::{on_resize, on_termination};
 
 use args::Command;
 

@@ -1,7 +1,8 @@
-//! Signals that ask a process to end.
+//! Signals that ask a process to end, and those that tell of a terminal's new size.
 
 use std::io;
 
+use crate::console::size;
 use tokio::signal::unix::{signal, SignalKind};
 
 /// Calls `then` with the number of each SIGINT, SIGTERM and SIGHUP that arrives, on a thread of
@@ -19,7 +20,7 @@ pub fn on_termination(mut then: impl FnMut(i32) + Send + 'static) -> io::Result<
             signal(SignalKind::hangup())?,
         )
     };
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+    on_thread("signals", move || {
         runtime.block_on(async {
             loop {
                 let number = tokio::select! {
@@ -30,6 +31,33 @@ pub fn on_termination(mut then: impl FnMut(i32) + Send + 'static) -> io::Result<
                 then(number);
             }
         });
-    })?;
-    Ok(())
+    })
+}
+
+/// Calls `then` with columns and rows of the terminal on standard input, now and whenever they
+/// change, on a thread of its own named `resize`. Without a terminal it is never called.
+///
+/// # Errors
+/// The handler or the thread cannot be set up.
+pub fn on_resize(mut then: impl FnMut(u16, u16) + Send + 'static) -> io::Result<()> {
+    if size().is_none() {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let mut changed = {
+        let _context = runtime.enter();
+        signal(SignalKind::window_change())?
+    };
+    on_thread("resize", move || loop {
+        if let Some((columns, rows)) = size() {
+            then(columns, rows);
+        }
+        if runtime.block_on(changed.recv()).is_none() {
+            return;
+        }
+    })
+}
+
+fn on_thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).map(drop)
 }

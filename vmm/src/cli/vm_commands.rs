@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::json;
 
-use super::args::{Command, EventsArgs, Named, Output, SaveArgs, StopArgs};
+use super::args::{
+    BalloonArgs, Command, EventsArgs, LinkArgs, LinkState, Named, Output, SaveArgs, StopArgs,
+};
 use super::output::{duration, fields, table, timestamp};
 use super::wait::VmProcess;
 use super::{attach, CliError, Exit};
-use crate::api::{Client, ClientError, SaveRequest};
-use crate::config::{format_size, ConfigError};
+use crate::api::{BalloonRequest, Client, ClientError, LinkRequest, SaveRequest};
+use crate::config::{format_size, ConfigError, DiskConfig, NetConfig};
 use crate::control::{SaveReport, VmInfo, VmStats, VmStatus};
 use crate::events::Event;
 use crate::runtime_dir::{Found, RuntimeDir};
@@ -39,8 +41,24 @@ pub(super) fn run(command: Command) -> Done {
         }
         Command::Stop(args) => stop(&args),
         Command::Save(args) => save(&args),
+        Command::Balloon(BalloonArgs { name, size, output }) => {
+            let request = BalloonRequest { target_bytes: size };
+            let status = client(&name)?.command_with("balloon", &request)?;
+            print_status(&name, status, &output)?;
+            Ok(Exit::Ok)
+        }
+        Command::Link(LinkArgs { name, card, link, output }) => {
+            let request = LinkRequest { card, up: link == LinkState::Up };
+            let status = client(&name)?.command_with("link", &request)?;
+            print_status(&name, status, &output)?;
+            Ok(Exit::Ok)
+        }
         Command::Events(args) => events(&args),
-        Command::Console(args) => attach::console(&client(&args.name)?.info()?),
+        Command::Console(args) => {
+            let client = client(&args.name)?;
+            let info = client.info()?;
+            attach::console(client, &info)
+        }
         Command::Run(_) | Command::Restore(_) => {
             Err(CliError::text(Exit::Failed, "run and restore are no commands to a running VM"))
         }
@@ -161,7 +179,31 @@ fn info_text(info: &VmInfo) -> String {
     pairs.push(("console", console));
     let on_reboot = serde_json::to_value(config.on_reboot).unwrap_or_default();
     pairs.push(("on reboot", on_reboot.as_str().unwrap_or_default().to_owned()));
+    pairs.extend(config.disks.iter().map(|disk| ("disk", disk_text(disk))));
+    pairs.extend(config.nets.iter().map(|net| ("network card", net_text(net))));
+    let others = [
+        (config.rng, "random numbers"),
+        (config.balloon.is_some_and(|balloon| !balloon.deflate_on_oom), "balloon"),
+        (config.balloon.is_some_and(|b| b.deflate_on_oom), "balloon (deflates on out-of-memory)"),
+        (config.virtio_console, "virtio console"),
+    ];
+    pairs.extend(
+        others.iter().filter(|(there, _)| *there).map(|(_, name)| ("device", (*name).to_owned())),
+    );
     fields(&pairs)
+}
+
+fn disk_text(disk: &DiskConfig) -> String {
+    let DiskConfig { id, path, readonly, cache } = disk;
+    let readonly = if *readonly { ", read-only" } else { "" };
+    let cache = serde_json::to_value(cache).unwrap_or_default();
+    format!("{id}: {}{readonly}, {}", path.display(), cache.as_str().unwrap_or_default())
+}
+
+fn net_text(net: &NetConfig) -> String {
+    let NetConfig { id, tap, mac, mtu } = net;
+    let mtu = mtu.map_or_else(String::new, |mtu| format!(", MTU {mtu}"));
+    format!("{id}: {tap}, {mac}{mtu}")
 }
 
 fn stats_text(stats: &VmStats) -> String {
@@ -187,6 +229,25 @@ fn stats_text(stats: &VmStats) -> String {
         let mut row: Vec<String> = numbers.iter().map(u64::to_string).collect();
         row.push(duration(vcpu.cpu_ms));
         rows.push(row);
+    }
+    text.push('\n');
+    text += &table(&rows);
+    if stats.devices.is_empty() {
+        return text;
+    }
+    let heading = ["DEVICE", "KIND", "INTERRUPTS", "RESETS", "NEEDS-RESET", "COUNTERS"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for device in &stats.devices {
+        let counters: Vec<String> =
+            device.counters.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        rows.push(vec![
+            device.id.clone(),
+            device.kind.clone(),
+            device.interrupts.to_string(),
+            device.resets.to_string(),
+            device.needs_resets.to_string(),
+            counters.join(" "),
+        ]);
     }
     text.push('\n');
     text + &table(&rows)

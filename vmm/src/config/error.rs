@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::size::format_size;
 use crate::cpu::CpuError;
 
-use super::{MAX_CMDLINE, MAX_CPUS, MAX_NAME, MIN_MEMORY};
+use super::{MAX_CMDLINE, MAX_CPUS, MAX_DEVICES, MAX_ID, MAX_NAME, MIN_MEMORY};
 
 /// A configuration that is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -141,4 +141,85 @@ pub enum ConfigError {
         /// What is wrong and what is allowed.
         why: String,
     },
+    /// A disk's or card's name is none.
+    #[error(
+        "{id:?} is no name of a device ({why}): use 1 to {MAX_ID} characters out of [A-Za-z0-9._-]"
+    )]
+    DeviceId {
+        /// The name.
+        id: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A setting that must be there is not, or has no value.
+    #[error("{flag} has no {key}: write {key}=VALUE")]
+    SettingMissing {
+        /// The flag.
+        flag: &'static str,
+        /// The setting.
+        key: &'static str,
+    },
+    /// A setting is there twice.
+    #[error("{flag} has {key} twice")]
+    SettingTwice {
+        /// The flag.
+        flag: &'static str,
+        /// The setting.
+        key: String,
+    },
+    /// No such setting.
+    #[error("{flag} has no setting {found:?}: use {keys}")]
+    SettingUnknown {
+        /// The flag.
+        flag: &'static str,
+        /// What was found.
+        found: String,
+        /// What there is.
+        keys: &'static str,
+    },
+    /// Not a cache mode.
+    #[error("{0:?} is not a cache mode: use writeback, writethrough or unsafe")]
+    Cache(String),
+    /// Not an Ethernet address of a card.
+    #[error("{text:?} {why}")]
+    Mac {
+        /// What was found.
+        text: String,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// Not a name that an interface can have.
+    #[error(
+        "{0:?} is no name of a tap interface: use at most 15 characters, without / : and space"
+    )]
+    Tap(String),
+    /// Not an MTU.
+    #[error("{0:?} is no MTU: use 68 to 65535 bytes")]
+    Mtu(String),
+    /// Not another backend for a device.
+    #[error(
+        "{0:?} names no backend for a device: write ID=PATH for a disk, ID=TAP for a network card"
+    )]
+    Replacement(String),
+    /// A backend for a device that is not there.
+    #[error("the saved VM has no {what} {id}: it has {known}")]
+    NoSuchDevice {
+        /// `disk` or `network card`.
+        what: &'static str,
+        /// The name given.
+        id: String,
+        /// The names there are.
+        known: String,
+    },
+    /// Two devices with the same what only one can have.
+    #[error("{what} {value} is given to two devices: change one")]
+    DeviceTwice {
+        /// What is the same.
+        what: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// More devices than interrupts.
+    #[error("{0} virtio devices are too many: use at most {MAX_DEVICES}")]
+    TooManyDevices(usize),
 }

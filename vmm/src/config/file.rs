@@ -13,9 +13,27 @@
 //! pidfile = "web.pid"
 //! log = "info:web.log"
 //!
+//! rng = true
+//! virtio-console = false
+//!
 //! [memory]
 //! size = "1G"
 //! hugepages = false
+//!
+//! [[disk]]                      # one table for each disk
+//! id = "root"
+//! path = "root.img"
+//! readonly = false
+//! cache = "writeback"           # or writethrough, unsafe
+//!
+//! [[net]]                       # one table for each network card
+//! id = "eth0"
+//! tap = "tap0"
+//! mac = "52:54:00:12:34:56"
+//! mtu = 1500
+//!
+//! [balloon]                     # there is one if the table is there
+//! deflate-on-oom = true
 //! ```
 
 use std::fmt;
@@ -25,7 +43,10 @@ use std::path::{Path, PathBuf};
 
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
-use super::{value, ConfigError, ConsoleConfig, LogConfig, OnReboot, RunOptions};
+use super::{
+    value, BalloonConfig, CacheMode, ConfigError, ConsoleConfig, DiskConfig, LogConfig, Mac,
+    NetOptions, OnReboot, RunOptions,
+};
 
 /// No configuration is larger than this, bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -55,6 +76,36 @@ struct FileOptions {
     pidfile: Option<PathBuf>,
     #[serde(deserialize_with = "log")]
     log: Option<LogConfig>,
+    disk: Vec<FileDisk>,
+    net: Vec<FileNet>,
+    rng: Option<bool>,
+    balloon: Option<BalloonConfig>,
+    virtio_console: Option<bool>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileDisk {
+    #[serde(deserialize_with = "id")]
+    id: String,
+    #[serde(deserialize_with = "disk_path")]
+    path: PathBuf,
+    #[serde(default)]
+    readonly: bool,
+    #[serde(default)]
+    cache: CacheMode,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileNet {
+    #[serde(deserialize_with = "id")]
+    id: String,
+    #[serde(deserialize_with = "tap")]
+    tap: String,
+    mac: Option<Mac>,
+    #[serde(default, deserialize_with = "mtu")]
+    mtu: Option<u16>,
 }
 
 #[derive(Default, serde::Deserialize)]
@@ -127,6 +178,20 @@ impl RunOptions {
             paused: file.paused,
             pidfile: file.pidfile,
             log: file.log,
+            disks: (file.disk.into_iter())
+                .map(|FileDisk { id, path, readonly, cache }| DiskConfig {
+                    id,
+                    path,
+                    readonly,
+                    cache,
+                })
+                .collect(),
+            nets: (file.net.into_iter())
+                .map(|FileNet { id, tap, mac, mtu }| NetOptions { id, tap, mac, mtu })
+                .collect(),
+            rng: file.rng,
+            balloon: file.balloon,
+            virtio_console: file.virtio_console,
         })
     }
 }
@@ -181,6 +246,32 @@ fn on_reboot<'de, D: Deserializer<'de>>(d: D) -> Result<Option<OnReboot>, D::Err
 
 fn log<'de, D: Deserializer<'de>>(d: D) -> Result<Option<LogConfig>, D::Error> {
     text(d, str::parse)
+}
+
+/// As [`text`], of a key that must be there.
+fn needed<'de, D: Deserializer<'de>, T>(
+    deserializer: D,
+    parse: impl FnOnce(&str) -> Result<T, ConfigError>,
+) -> Result<T, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse(&text).map_err(de::Error::custom)
+}
+
+fn id<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
+    needed(d, value::parse_id)
+}
+
+fn disk_path<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
+    needed(d, |t| value::parse_path(t, "the disk"))
+}
+
+fn tap<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
+    needed(d, super::parse_tap)
+}
+
+fn mtu<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u16>, D::Error> {
+    let number = i64::deserialize(d)?;
+    super::parse_mtu(&number.to_string()).map(Some).map_err(de::Error::custom)
 }
 
 fn cpus<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u8>, D::Error> {
@@ -241,9 +332,26 @@ mod tests {
             paused = true
             pidfile = "web.pid"
             log = "debug:vmm.log"
+            rng = true
+            virtio-console = true
             [memory]
             size = "1G"
             hugepages = true
+            [[disk]]
+            id = "root"
+            path = "root.img"
+            readonly = true
+            cache = "unsafe"
+            [[disk]]
+            id = "data"
+            path = "/data.img"
+            [[net]]
+            id = "eth0"
+            tap = "tap0"
+            mac = "52:54:00:12:34:56"
+            mtu = 1400
+            [balloon]
+            deflate-on-oom = true
             "#,
         )
         .unwrap();
@@ -262,6 +370,14 @@ mod tests {
             paused: Some(true),
             pidfile: Some("web.pid".into()),
             log: Some(LogConfig { filter: "debug".into(), file: Some("vmm.log".into()) }),
+            disks: vec![
+                "id=root,path=root.img,readonly,cache=unsafe".parse().unwrap(),
+                "id=data,path=/data.img".parse().unwrap(),
+            ],
+            nets: vec!["id=eth0,tap=tap0,mac=52:54:00:12:34:56,mtu=1400".parse().unwrap()],
+            rng: Some(true),
+            balloon: Some("deflate-on-oom".parse().unwrap()),
+            virtio_console: Some(true),
         };
         assert_eq!(options, expected);
         assert_eq!(parse(""), Ok(RunOptions::default()));

@@ -3,6 +3,7 @@
 //! Flags and file each give [`RunOptions`]; the flags are laid over the file, defaults fill the
 //! rest, and [`RunOptions::finish`] gives a validated [`RunSettings`].
 
+mod devices;
 mod error;
 mod file;
 mod options;
@@ -13,13 +14,22 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use devices::{
+    parse_mtu, parse_tap, BalloonConfig, CacheMode, DiskConfig, Mac, NetConfig, NetOptions,
+    Replacement, MAX_DEVICES,
+};
 pub use error::ConfigError;
 pub use options::{HostLimits, ProcessSettings, RestoreSettings, RunOptions, RunSettings};
 pub use size::{format_size, parse_size};
-pub use value::{parse_cmdline, parse_cpu, parse_cpus, parse_name, parse_path, LogConfig};
+pub use value::{
+    parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_path, LogConfig,
+};
 
 /// Longest name of a VM, characters.
 pub const MAX_NAME: usize = 64;
+/// Longest name of a disk or network card, characters: what a guest can be told (virtio 1.2,
+/// section 5.2.6.1).
+pub const MAX_ID: usize = ::devices::virtio::block::ID_BYTES;
 /// Most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 64;
 /// Least memory of a VM, bytes.
@@ -52,6 +62,16 @@ pub struct VmConfig {
     pub console: ConsoleConfig,
     /// What a guest reboot does.
     pub on_reboot: OnReboot,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards, in the order in which the guest finds them.
+    pub nets: Vec<NetConfig>,
+    /// Whether there is an entropy device.
+    pub rng: bool,
+    /// The memory balloon, if there is one.
+    pub balloon: Option<BalloonConfig>,
+    /// Whether the console is a virtio device (hvc0) beside the serial port.
+    pub virtio_console: bool,
 }
 
 /// Guest memory.

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::layout;
 use crate::memory::{HUGE_PAGE_SIZE, PAGE_SIZE};
 
 use super::{
-    ConfigError, ConsoleConfig, LogConfig, MemoryConfig, OnReboot, VmConfig, DEFAULT_MEMORY,
-    MIN_MEMORY,
+    BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, LogConfig, Mac, MemoryConfig, NetConfig,
+    NetOptions, OnReboot, Replacement, VmConfig, DEFAULT_MEMORY, MIN_MEMORY,
 };
 
 /// What flags or a file say about a VM; `None` where they say nothing.
@@ -32,6 +33,16 @@ pub struct RunOptions {
     pub console: Option<ConsoleConfig>,
     /// See [`VmConfig::on_reboot`].
     pub on_reboot: Option<OnReboot>,
+    /// See [`VmConfig::disks`].
+    pub disks: Vec<DiskConfig>,
+    /// See [`VmConfig::nets`].
+    pub nets: Vec<NetOptions>,
+    /// See [`VmConfig::rng`].
+    pub rng: Option<bool>,
+    /// See [`VmConfig::balloon`].
+    pub balloon: Option<BalloonConfig>,
+    /// See [`VmConfig::virtio_console`].
+    pub virtio_console: Option<bool>,
     /// See [`ProcessSettings::paused`].
     pub paused: Option<bool>,
     /// See [`ProcessSettings::pidfile`].
@@ -69,6 +80,10 @@ pub struct RestoreSettings {
     pub name: Option<String>,
     /// Another console.
     pub console: Option<ConsoleConfig>,
+    /// Other files for disks.
+    pub disks: Vec<Replacement>,
+    /// Other taps for network cards.
+    pub nets: Vec<Replacement>,
     /// The process.
     pub process: ProcessSettings,
 }
@@ -92,7 +107,8 @@ impl HostLimits {
 }
 
 impl RunOptions {
-    /// Lays these options over `base`: what is said here wins.
+    /// Lays these options over `base`: what is said here wins. A device with the name of one of
+    /// `base` takes its place, any other is added.
     #[must_use]
     pub fn over(self, base: Self) -> Self {
         Self {
@@ -106,6 +122,11 @@ impl RunOptions {
             cpu: self.cpu.or(base.cpu),
             console: self.console.or(base.console),
             on_reboot: self.on_reboot.or(base.on_reboot),
+            disks: laid_over(self.disks, base.disks, |disk| &disk.id),
+            nets: laid_over(self.nets, base.nets, |net| &net.id),
+            rng: self.rng.or(base.rng),
+            balloon: self.balloon.or(base.balloon),
+            virtio_console: self.virtio_console.or(base.virtio_console),
             paused: self.paused.or(base.paused),
             pidfile: self.pidfile.or(base.pidfile),
             log: self.log.or(base.log),
@@ -115,7 +136,7 @@ impl RunOptions {
     /// Resolves relative paths against `dir`.
     pub(super) fn resolve_against(&mut self, dir: &Path) {
         let paths = [&mut self.kernel, &mut self.initrd, &mut self.pidfile];
-        for path in paths.into_iter().flatten() {
+        for path in paths.into_iter().flatten().chain(self.disks.iter_mut().map(|d| &mut d.path)) {
             *path = dir.join(&*path);
         }
         if let Some(ConsoleConfig::File(path)) = &mut self.console {
@@ -135,8 +156,19 @@ impl RunOptions {
         let kernel = self.kernel.map(absolute).transpose()?;
         // A Linux kernel says nothing on the serial port unless it is told to.
         let default_cmdline = if kernel.is_some() { "console=ttyS0" } else { "" };
+        let name = self.name.unwrap_or_else(|| default_name.to_owned());
+        let disk = |disk: DiskConfig| Ok(DiskConfig { path: absolute(disk.path)?, ..disk });
+        let net = |NetOptions { id, tap, mac, mtu }| {
+            let mac = mac.unwrap_or_else(|| Mac::from_names(&name, &id));
+            NetConfig { id, tap, mac, mtu }
+        };
         let vm = VmConfig {
-            name: self.name.unwrap_or_else(|| default_name.to_owned()),
+            disks: self.disks.into_iter().map(disk).collect::<Result<_, _>>()?,
+            nets: self.nets.into_iter().map(net).collect(),
+            rng: self.rng.unwrap_or(false),
+            balloon: self.balloon,
+            virtio_console: self.virtio_console.unwrap_or(false),
+            name,
             initrd: self.initrd.map(absolute).transpose()?,
             cmdline: self.cmdline.unwrap_or_else(|| default_cmdline.to_owned()),
             memory: MemoryConfig {
@@ -156,6 +188,17 @@ impl RunOptions {
         process.check_files(&vm.console)?;
         Ok(RunSettings { vm, process })
     }
+}
+
+/// `upper` over `base`, by the name that `id` gives.
+fn laid_over<T>(upper: Vec<T>, mut base: Vec<T>, id: impl Fn(&T) -> &String) -> Vec<T> {
+    for one in upper {
+        match base.iter_mut().find(|other| id(other) == id(&one)) {
+            Some(other) => *other = one,
+            None => base.push(one),
+        }
+    }
+    base
 }
 
 impl RestoreSettings {
@@ -184,7 +227,7 @@ impl RestoreSettings {
             let (first, second) = ("the saved VM", "the console");
             return Err(ConfigError::SameFile { first, second, path: file });
         }
-        Ok(Self { file, name, console, process })
+        Ok(Self { file, name, console, disks: Vec::new(), nets: Vec::new(), process })
     }
 }
 
@@ -232,10 +275,77 @@ impl VmConfig {
         super::parse_cpus(&self.cpus.to_string())?;
         super::parse_cpu(&self.cpu)?;
         self.memory.validate(host)?;
+        super::devices::validate(&self.disks, &self.nets, self.other_devices())?;
+        super::parse_cmdline(&self.guest_cmdline())?;
         match (&self.kernel, &self.initrd) {
             (None, Some(initrd)) => Err(ConfigError::InitrdWithoutKernel(initrd.clone())),
             _ => Ok(()),
         }
+    }
+}
+
+impl VmConfig {
+    /// The command line that the guest gets: for guests that do not look for virtio devices in the
+    /// ACPI tables, the devices are appended (kernel parameter `virtio_mmio.device`, Linux
+    /// Documentation/admin-guide/kernel-parameters.txt). A kernel that looks in both places would
+    /// find each device twice.
+    #[must_use]
+    pub fn guest_cmdline(&self) -> String {
+        let mut cmdline = self.cmdline.clone();
+        if self.kernel.is_none() || cmdline.split_whitespace().any(|word| word == "acpi=off") {
+            for slot in 0..self.device_count() {
+                // At most MAX_DEVICES.
+                let slot = slot as u32;
+                let (base, gsi) = (layout::virtio_mmio(slot), layout::virtio_gsi(slot));
+                let space = if cmdline.is_empty() { "" } else { " " };
+                cmdline.push_str(&format!("{space}virtio_mmio.device=4K@{base:#x}:{gsi}"));
+            }
+        }
+        cmdline
+    }
+
+    fn device_count(&self) -> usize {
+        self.disks.len() + self.nets.len() + self.other_devices()
+    }
+
+    /// Number of virtio devices that are neither disk nor network card.
+    fn other_devices(&self) -> usize {
+        [self.rng, self.balloon.is_some(), self.virtio_console].into_iter().filter(|on| *on).count()
+    }
+
+    /// Gives disks and network cards other backends than they were saved with.
+    ///
+    /// # Errors
+    /// A device that is not there, or a backend that cannot be.
+    pub fn replace_backends(
+        &mut self,
+        disks: &[Replacement],
+        nets: &[Replacement],
+    ) -> Result<(), ConfigError> {
+        let missing = |what, id: &str, known: Vec<&str>| ConfigError::NoSuchDevice {
+            what,
+            id: id.to_owned(),
+            known: if known.is_empty() { "none".to_owned() } else { known.join(", ") },
+        };
+        for Replacement { id, backend } in disks {
+            match self.disks.iter_mut().find(|disk| disk.id == *id) {
+                Some(disk) => disk.path = absolute(backend.into())?,
+                None => {
+                    let known = self.disks.iter().map(|d| d.id.as_str()).collect();
+                    return Err(missing("disk", id, known));
+                }
+            }
+        }
+        for Replacement { id, backend } in nets {
+            match self.nets.iter_mut().find(|net| net.id == *id) {
+                Some(net) => net.tap = super::parse_tap(backend)?,
+                None => {
+                    let known = self.nets.iter().map(|n| n.id.as_str()).collect();
+                    return Err(missing("network card", id, known));
+                }
+            }
+        }
+        super::devices::validate(&self.disks, &self.nets, self.other_devices())
     }
 }
 
@@ -366,6 +476,58 @@ mod tests {
             text(memory(17 << 20, true)),
             "memory of 17 MiB with huge pages is not a multiple of 2 MiB: use 18 MiB, or leave out --hugepages"
         );
+    }
+
+    #[test]
+    fn a_guest_without_acpi_is_told_of_its_devices() {
+        let mut vm = finish(RunOptions::default()).unwrap().vm;
+        vm.rng = true;
+        vm.disks = vec!["id=a,path=/a".parse().unwrap()];
+        let told = "virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17";
+        assert_eq!(vm.guest_cmdline(), told);
+        vm.kernel = Some("/k".into());
+        vm.cmdline = "quiet".into();
+        assert_eq!(vm.guest_cmdline(), "quiet");
+        vm.cmdline = "quiet acpi=off".into();
+        assert_eq!(vm.guest_cmdline(), format!("quiet acpi=off {told}"));
+        vm.cmdline = format!("acpi=off {}", "x".repeat(crate::config::MAX_CMDLINE - 9));
+        assert!(matches!(vm.validate(HOST), Err(ConfigError::CmdlineTooLong(_))));
+    }
+
+    #[test]
+    fn a_device_of_the_upper_layer_replaces_that_of_its_name() {
+        let disk = |text: &str| text.parse::<DiskConfig>().unwrap();
+        let layer = |disks: &[&str]| RunOptions {
+            disks: disks.iter().map(|d| disk(d)).collect(),
+            ..Default::default()
+        };
+        let both = layer(&["id=b,path=/new", "id=c,path=/c"])
+            .over(layer(&["id=a,path=/a", "id=b,path=/b"]));
+        let want = ["id=a,path=/a", "id=b,path=/new", "id=c,path=/c"].map(disk);
+        assert_eq!(both.disks, want);
+    }
+
+    #[test]
+    fn backends_are_replaced_by_name() {
+        let mut vm = finish(RunOptions {
+            disks: vec!["id=a,path=/a".parse().unwrap(), "id=b,path=/b".parse().unwrap()],
+            nets: vec!["id=n,tap=t".parse().unwrap()],
+            ..Default::default()
+        })
+        .unwrap()
+        .vm;
+        let other = |text: &str| vec![text.parse::<Replacement>().unwrap()];
+        vm.replace_backends(&other("b=/c"), &other("n=u")).unwrap();
+        assert_eq!((vm.disks[1].path.as_path(), vm.nets[0].tap.as_str()), (Path::new("/c"), "u"));
+        let refused = |vm: &mut VmConfig, disk: &str, net: &str| {
+            let list = |text: &str| if text.is_empty() { Vec::new() } else { other(text) };
+            vm.replace_backends(&list(disk), &list(net)).unwrap_err().to_string()
+        };
+        let text = refused(&mut vm, "x=/c", "");
+        assert_eq!(text, "the saved VM has no disk x: it has a, b");
+        assert!(refused(&mut vm, "", "a=u").contains("no network card a: it has n"));
+        assert!(refused(&mut vm, "a=/c", "").contains("disk /c is given to two devices"));
+        assert!(refused(&mut vm, "", "n=a/b").contains("no name of a tap"));
     }
 
     #[test]

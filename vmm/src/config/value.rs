@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cpu::CpuSpec;
 
-use super::{ConfigError, ConsoleConfig, OnReboot, MAX_CMDLINE, MAX_CPUS, MAX_NAME};
+use super::{ConfigError, ConsoleConfig, OnReboot, MAX_CMDLINE, MAX_CPUS, MAX_ID, MAX_NAME};
 
 /// Checks the name of a VM: 1 to 64 characters out of `[A-Za-z0-9._-]`, not beginning with `.`
 /// (hidden files in the runtime directory) or `-` (looks like a flag).
@@ -30,6 +30,23 @@ pub fn parse_name(name: &str) -> Result<String, ConfigError> {
         return Err(ConfigError::NameStart(name.to_owned(), first));
     }
     Ok(name.to_owned())
+}
+
+/// Checks the name of a disk or network card: as that of a VM, but no longer than the id that a
+/// guest can ask a disk for.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn parse_id(id: &str) -> Result<String, ConfigError> {
+    let refused = |why| ConfigError::DeviceId { id: id.to_owned(), why };
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if let Some(found) = id.chars().find(|&c| !allowed(c)) {
+        return Err(refused(format!("it has {found:?} in it")));
+    }
+    if !(1..=MAX_ID).contains(&id.len()) {
+        return Err(refused(format!("it is {} bytes long", id.len())));
+    }
+    Ok(id.to_owned())
 }
 
 /// Reads a number of vCPUs, 1 to 64.

@@ -36,7 +36,7 @@ use crate::runtime_dir::RuntimeDirError;
 pub use attach::{attach, AttachEnd};
 pub use escape::Escape;
 pub use shared::OUTPUT_BUFFER;
-pub use terminal::{restore, set_raw, stdin_kind, StdinKind};
+pub use terminal::{restore, set_raw, size, stdin_kind, StdinKind};
 pub use worker::REPLAY;
 
 use port::Port;
@@ -201,7 +201,8 @@ impl ConsoleHandle {
     }
 }
 
-/// The guest's output. Writing never blocks and never fails.
+/// The guest's output. Writing never blocks and never fails. Several devices may write.
+#[derive(Clone)]
 pub struct ConsoleWriter {
     shared: Arc<Shared>,
 }

@@ -6,7 +6,7 @@ use std::sync::{Once, OnceLock};
 
 use rustix::stdio::stdin;
 use rustix::termios::{
-    isatty, tcgetattr, tcgetpgrp, tcsetattr, OptionalActions, OutputModes, Termios,
+    isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr, OptionalActions, OutputModes, Termios,
 };
 
 /// The terminal's settings before this process changed them.
@@ -36,6 +36,13 @@ pub fn stdin_kind() -> StdinKind {
         Ok(group) if group == rustix::process::getpgrp() => StdinKind::Terminal,
         _ => StdinKind::Background,
     }
+}
+
+/// Columns and rows of the terminal on standard input; `None` where it is none, or has no size.
+#[must_use]
+pub fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(stdin()).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
 /// Puts the terminal on standard input into raw mode, until [`restore`] is called. A panic

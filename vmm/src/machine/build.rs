@@ -22,6 +22,7 @@ use crate::kvm::{msrs_to_save, HostKvm, VcpuKvm, VmKvm};
 use crate::layout::{self, irq, port};
 use crate::memory::GuestRam;
 use crate::vcpu::{install_kick_handler, GuestRequest, RequestSink, Unmapped, Vcpu, VcpuContext};
+use crate::virtio::{DiskOwnership, VirtioParts, VirtioSet};
 
 /// Where requests of the guest and of the API reach the thread that owns the machine.
 pub type RequestSender = mpsc::Sender<GuestRequest>;
@@ -38,6 +39,8 @@ pub struct MachineBuilder<'a> {
     pub console: ConsoleWriter,
     /// Where events go.
     pub events: EventLog,
+    /// Whether disks may be used at once.
+    pub disks: DiskOwnership,
     /// CPUID of each vCPU as it was saved; made from the configuration when absent.
     pub cpuid: Option<Vec<CpuId>>,
 }
@@ -67,21 +70,35 @@ impl MachineBuilder<'_> {
         let line = |gsi| Arc::new(IrqLine { vm: Arc::clone(&vm), gsi });
         let power_sink = Arc::new(PowerSink(Arc::clone(&requests)));
         let devices = DeviceSet {
-            serial: Arc::new(Mutex::new(Serial::new(line(irq::COM1), self.console))),
+            serial: Arc::new(Mutex::new(Serial::new(line(irq::COM1), self.console.clone()))),
             i8042: Arc::new(Mutex::new(I8042::new(Arc::clone(&power_sink) as _))),
             power: Arc::new(Mutex::new(AcpiPm::new(line(irq::SCI), power_sink))),
         };
+        let virtio = VirtioSet::new(VirtioParts {
+            config: &self.config,
+            vm: &vm,
+            ram: &ram,
+            line: &|gsi| line(gsi) as _,
+            console: self.console,
+            disks: self.disks,
+        })?;
+        let mut mmio = Bus::new();
+        virtio.attach(&mut mmio)?;
         let context = Arc::new(VcpuContext {
             gate: Gate::new(vcpus.len()),
             pio: port_bus(&devices)?,
-            mmio: Bus::new(),
+            mmio,
             unmapped: Unmapped::default(),
             requested: AtomicBool::new(false),
             requests,
         });
         let _ = context_cell.set(Arc::downgrade(&context));
         // KVM's own routing puts the PIT, GSI 0, on pin 0 of the IOAPIC.
-        let acpi_config = AcpiConfig { vcpus: self.config.cpus, timer_gsi: 0, virtio: Vec::new() };
+        let acpi_config = AcpiConfig {
+            vcpus: self.config.cpus,
+            timer_gsi: 0,
+            virtio: VirtioSet::acpi(virtio.len()),
+        };
         let acpi = acpi::build(&acpi_config, layout::ACPI_TABLES)?;
 
         let memory_layout = super::memory::layout_of(&ram);
@@ -96,6 +113,7 @@ impl MachineBuilder<'_> {
             vcpus,
             context,
             devices,
+            virtio,
             pristine: Vec::new(),
             life: Mutex::new(()),
             takes_input: Mutex::new(false),

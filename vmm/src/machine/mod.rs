@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use devices::virtio::mmio::QuiesceError;
 use devices::{AcpiPm, Serial, I8042};
 use migration::MemoryLayout;
 use serde_json::json;
@@ -20,14 +21,15 @@ use serde_json::json;
 use crate::boot::{BootError, BootSource, Image};
 use crate::config::VmConfig;
 use crate::console::ConsoleWriter;
-use crate::control::{UnmappedStats, VcpuStats, VmStatus};
+use crate::control::{DeviceStats, UnmappedStats, VcpuStats, VmStatus};
 use crate::events::EventLog;
 use crate::gate::Target;
 use crate::identity::IdentityV1;
 use crate::kvm::{KvmError, VmKvm};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
 use crate::snapshot::SaveError;
 use crate::vcpu::{GuestRequest, Vcpu, VcpuContext};
+use crate::virtio::{VirtioError, VirtioSet};
 
 pub use build::{MachineBuilder, RequestSender};
 pub use sections::{differences, StateError};
@@ -71,6 +73,21 @@ pub enum MachineError {
         /// What the system said.
         error: std::io::Error,
     },
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
+    /// A virtio device did not come to rest.
+    #[error("{0}; the VM goes on")]
+    NotQuiet(#[from] QuiesceError),
+    /// A device cannot be saved.
+    #[error("the VM cannot be saved: {0}")]
+    Blocked(String),
+    /// What is asked needs a device that is not there.
+    #[error("{0}")]
+    NoDevice(String),
+    /// A size that the guest cannot give.
+    #[error("{0}")]
+    Size(String),
     /// vCPUs did not stop.
     #[error("vCPUs did not stop within {} s; the VM goes on", STOP_LIMIT.as_secs())]
     NotStopped,
@@ -110,6 +127,7 @@ pub struct Machine {
     vcpus: Vec<Arc<Vcpu>>,
     context: Arc<VcpuContext>,
     devices: DeviceSet,
+    virtio: VirtioSet,
     /// State at power-on: a reset puts it back.
     pristine: Vec<migration::Section>,
     life: Mutex<()>,
@@ -203,15 +221,20 @@ impl Machine {
         self.vcpus.iter().for_each(|v| v.kick());
     }
 
-    /// Stops all vCPUs; caller holds `life`. If they do not stop in time the VM goes on.
+    /// Stops all vCPUs, then all devices; caller holds `life`. If they do not stop in time the VM
+    /// goes on.
     fn park(&self, deadline: Instant) -> Result<(), MachineError> {
         self.context.gate.set(Target::Park);
         self.kick();
-        if self.context.gate.wait_parked(deadline, || self.kick()) {
-            return Ok(());
+        let stopped = if self.context.gate.wait_parked(deadline, || self.kick()) {
+            self.virtio.quiesce(deadline).map_err(MachineError::from)
+        } else {
+            Err(MachineError::NotStopped)
+        };
+        if stopped.is_err() {
+            self.let_run();
         }
-        self.let_run();
-        Err(MachineError::NotStopped)
+        stopped
     }
 
     /// Opens the gate, unless a request of the guest waits: who serves it opens it, or ends the VM.
@@ -223,10 +246,11 @@ impl Machine {
 
     /// Loads kernel and parameters and sets the boot CPU. The machine stands.
     pub fn load_boot(&self, again: bool) -> Result<(), MachineError> {
+        let cmdline = self.config.guest_cmdline();
         let source = BootSource {
             kernel: &self.media.kernel,
             initrd: self.media.initrd.as_ref(),
-            cmdline: &self.config.cmdline,
+            cmdline: &cmdline,
             acpi: &self.acpi.bytes,
             rsdp: self.acpi.rsdp_address,
             again,
@@ -280,6 +304,7 @@ impl Machine {
         // What was on its way when the guest stopped is in nobody's state: raise it again.
         lock(&self.devices.serial).raise_pending();
         lock(&self.devices.power).raise_pending();
+        self.virtio.resume();
         self.set_status(VmStatus::Running);
         self.take_input(true);
         self.let_run();
@@ -305,6 +330,7 @@ impl Machine {
         self.reboots.fetch_add(1, Ordering::Relaxed);
         self.events.push("reboot", serde_json::Value::Null);
         if running {
+            self.virtio.resume();
             self.let_run();
         }
         Ok(())
@@ -320,6 +346,9 @@ impl Machine {
     ) -> Result<(migration::snapshot::SaveSummary, Duration), MachineError> {
         let mut life = Some(lock(&self.life));
         self.check_alive()?;
+        if let Some(why) = self.virtio.migration_blocker() {
+            return Err(MachineError::Blocked(why));
+        }
         let was_running = self.status() == VmStatus::Running;
         let stopped = Instant::now();
         self.pause_held(stopped + STOP_LIMIT)?;
@@ -366,19 +395,72 @@ impl Machine {
         Ok(heard)
     }
 
-    /// Takes console input, as much as the serial port has room for; none while the guest stands.
+    /// Counters of the virtio devices.
+    #[must_use]
+    pub fn device_stats(&self) -> Vec<DeviceStats> {
+        self.virtio.stats()
+    }
+
+    /// Sets the memory that the balloon is to take, bytes.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
+        let _life = lock(&self.life);
+        self.check_alive()?;
+        let most = self.ram.size();
+        if bytes > most || bytes % PAGE_SIZE != 0 {
+            let message = format!(
+                "a balloon of {bytes} bytes is not possible: use whole pages of 4 KiB, at most the \
+                 {most} bytes of memory"
+            );
+            return Err(MachineError::Size(message));
+        }
+        if !self.virtio.set_balloon(bytes) {
+            let message = "the VM has no balloon: run it with --balloon".to_owned();
+            return Err(MachineError::NoDevice(message));
+        }
+        self.events.push("balloon", json!({ "target_bytes": bytes }));
+        Ok(())
+    }
+
+    /// Plugs the cable of network card `id` in or out.
+    pub fn set_link(&self, id: &str, up: bool) -> Result<(), MachineError> {
+        let _life = lock(&self.life);
+        self.check_alive()?;
+        if !self.virtio.set_link(id, up) {
+            let known: Vec<_> = self.config.nets.iter().map(|net| net.id.as_str()).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            let message = format!("the VM has no network card {id}: it has {known}");
+            return Err(MachineError::NoDevice(message));
+        }
+        self.events.push("link", json!({ "card": id, "up": up }));
+        Ok(())
+    }
+
+    /// Tells the guest the size of its virtio console.
+    pub fn resize_console(&self, columns: u16, rows: u16) -> Result<(), MachineError> {
+        let _life = lock(&self.life);
+        self.check_alive()?;
+        if !self.virtio.resize_console(columns, rows) {
+            let message = "the VM has no virtio console: run it with --virtio-console".to_owned();
+            return Err(MachineError::NoDevice(message));
+        }
+        Ok(())
+    }
+
+    /// Takes console input, as much as the device has room for; none while the guest stands. The
+    /// virtio console has it once it has a driver, the serial port otherwise.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         let takes = lock(&self.takes_input);
-        if *takes {
-            lock(&self.devices.serial).receive(bytes)
-        } else {
-            0
+        if !*takes {
+            return 0;
         }
+        let virtio = self.virtio.console_input(bytes);
+        virtio.unwrap_or_else(|| lock(&self.devices.serial).receive(bytes))
     }
 
     /// Has `callback` called when refused console input would be taken. Once per machine.
     pub fn on_console_input_wanted(&self, callback: impl Fn() + Clone + Send + Sync + 'static) {
         lock(&self.devices.serial).on_input_wanted(callback.clone());
+        self.virtio.on_console_input_wanted(callback.clone());
         let _ = self.input_wanted.set(Box::new(callback));
     }
 
@@ -413,5 +495,6 @@ impl Machine {
         if self.context.gate.wait_parked(deadline, || self.kick()) {
             self.vcpus.iter().for_each(|v| v.join());
         }
+        self.virtio.stop();
     }
 }

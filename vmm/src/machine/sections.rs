@@ -7,6 +7,7 @@ use migration::{Section, VmError, VmState};
 
 use super::{lock, Machine, MachineError};
 use crate::kvm::{host_tsc, VcpuKvm, VcpuStateV1, VmClock, VmKvm};
+use crate::virtio::VirtioSet;
 
 /// Why state could not be taken or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +67,10 @@ where
     move |e| StateError::Part { kind: P::KIND, instance, error: e.to_string() }
 }
 
+fn virtio_part(kind: &'static str, instance: u32, error: devices::PersistError) -> StateError {
+    StateError::Part { kind, instance, error: error.to_string() }
+}
+
 fn save<P: Persist>(part_of: &P, instance: u32) -> Result<Section, StateError>
 where
     P::Error: ToString,
@@ -79,14 +84,15 @@ struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// Checks that `sections` are those of a machine with `vcpus` vCPUs: each once, none else.
-    fn new(sections: &'a [Section], vcpus: usize) -> Result<Self, StateError> {
+    /// Checks that `sections` are those of a machine with `vcpus` vCPUs and these virtio devices:
+    /// each once, none else.
+    fn new(sections: &'a [Section], vcpus: usize, virtio: &VirtioSet) -> Result<Self, StateError> {
         let mut seen = HashSet::new();
         for s in sections {
             let known = match s.kind.as_str() {
                 VcpuKvm::KIND => (s.instance as usize) < vcpus,
                 VmKvm::KIND | VmClock::KIND | "serial" | "i8042" | "acpi-pm" => s.instance == 0,
-                _ => false,
+                kind => virtio.has_section(kind, s.instance),
             };
             let (kind, instance, version) = (s.kind.clone(), s.instance, s.version);
             if !known {
@@ -126,7 +132,7 @@ impl<'a> Loader<'a> {
 impl Machine {
     /// State of all parts. The machine stands.
     pub fn take_sections(&self) -> Result<Vec<Section>, StateError> {
-        let mut all = Vec::with_capacity(self.vcpus.len() + 5);
+        let mut all = Vec::with_capacity(self.vcpus.len() + 5 + 2 * self.virtio.len());
         for (instance, vcpu) in (0..).zip(&self.vcpus) {
             all.push(save(&*vcpu.kvm(), instance)?);
         }
@@ -134,22 +140,29 @@ impl Machine {
         all.push(save(&*lock(&self.devices.serial), 0)?);
         all.push(save(&*lock(&self.devices.i8042), 0)?);
         all.push(save(&*lock(&self.devices.power), 0)?);
+        let virtio = self.virtio.save();
+        let failed = |e: devices::PersistError| virtio_part("virtio", 0, e);
+        all.extend(virtio.map_err(failed)?.into_iter().map(section));
         all.push(save(&self.clock(), 0)?);
         Ok(all)
     }
 
     /// Puts state into a machine that has not run: vCPUs, then the interrupt controllers (which
-    /// deliver to them), then devices, then time.
+    /// deliver to them), then devices (virtio devices last), then time.
     pub fn load_sections(&self, sections: &[Section]) -> Result<(), StateError> {
-        let loader = Loader::new(sections, self.vcpus.len())?;
+        let loader = Loader::new(sections, self.vcpus.len(), &self.virtio)?;
         self.load_all_but_time(&loader)?;
+        let find = |kind, instance| loader.find(kind, instance).map(payload);
+        self.virtio.load(find, virtio_part)?;
         self.load_time(&loader)
     }
 
     /// The state of power-on, but time goes on.
     pub(super) fn load_power_on_state(&self) -> Result<(), MachineError> {
-        let loader = Loader::new(&self.pristine, self.vcpus.len())?;
-        Ok(self.load_all_but_time(&loader)?)
+        let loader = Loader::new(&self.pristine, self.vcpus.len(), &self.virtio)?;
+        self.load_all_but_time(&loader)?;
+        let find = |kind, instance| loader.find(kind, instance).map(payload);
+        Ok(self.virtio.load_registers(find, virtio_part)?)
     }
 
     fn load_all_but_time(&self, loader: &Loader<'_>) -> Result<(), StateError> {

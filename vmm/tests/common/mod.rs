@@ -151,6 +151,21 @@ impl Control for FakeVm {
         Ok(SaveReport { path, pages: 7, ..Default::default() })
     }
 
+    fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
+        self.note(format!("balloon {bytes}"));
+        Ok(())
+    }
+
+    fn set_link(&self, id: &str, up: bool) -> Result<(), ControlError> {
+        self.note(format!("link {id} {up}"));
+        Ok(())
+    }
+
+    fn resize_console(&self, columns: u16, rows: u16) -> Result<(), ControlError> {
+        self.note(format!("console-size {columns} {rows}"));
+        Ok(())
+    }
+
     fn events(&self) -> &EventLog {
         &self.events
     }

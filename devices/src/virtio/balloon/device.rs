@@ -71,7 +71,15 @@ impl<D: Discard> Balloon<D> {
     /// [`change_config`](crate::virtio::Handle::change_config).
     #[must_use]
     pub fn set_target(&mut self, pages: u32) -> bool {
-        std::mem::replace(&mut self.target, pages) != pages
+        let changed = std::mem::replace(&mut self.target, pages) != pages;
+        self.show_sizes();
+        changed
+    }
+
+    /// Has the metrics say what is now.
+    pub(super) fn show_sizes(&self) {
+        self.metrics.target_pages.set(self.target.into());
+        self.metrics.actual_pages.set(self.actual.into());
     }
 
     /// Pages that the guest says are in the balloon.
@@ -165,6 +173,7 @@ impl<D: Discard> VirtioDevice for Balloon<D> {
         match (offset, <[u8; 4]>::try_from(data)) {
             (CONFIG_ACTUAL, Ok(bytes)) => {
                 self.actual = u32::from_le_bytes(bytes);
+                self.show_sizes();
                 true
             }
             _ => false,
@@ -174,6 +183,7 @@ impl<D: Discard> VirtioDevice for Balloon<D> {
     fn reset(&mut self) {
         // Without a driver nothing is in the balloon; the host's wish stays.
         self.actual = 0;
+        self.show_sizes();
     }
 
     fn process_queue<M: GuestMemory>(

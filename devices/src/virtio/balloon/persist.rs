@@ -27,6 +27,7 @@ impl<D: Discard> Persist for Balloon<D> {
     fn restore(&mut self, state: &BalloonState) -> Result<(), PersistError> {
         self.target = state.target;
         self.actual = state.actual;
+        self.show_sizes();
         Ok(())
     }
 }

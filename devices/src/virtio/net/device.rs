@@ -123,6 +123,12 @@ impl<B: NetBackend> Net<B> {
         &mut self.backend
     }
 
+    /// Its address.
+    #[must_use]
+    pub fn mac(&self) -> MacAddress {
+        self.config.mac
+    }
+
     /// The counters, readable without the device.
     #[must_use]
     pub fn metrics(&self) -> Arc<NetMetrics> {

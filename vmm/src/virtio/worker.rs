@@ -1,0 +1,174 @@
+//! The thread of one device: waits for its queues and its backend.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::mpsc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use devices::virtio::{QueueNotifier, VirtioControl};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+/// How long a thread may take to end. One that hangs in its backend is left behind.
+const END: Duration = Duration::from_secs(2);
+
+/// Longest name of a thread that Linux shows (TASK_COMM_LEN), bytes.
+const MAX_NAME: usize = 15;
+
+/// The notifications of a device: one eventfd for each queue.
+pub(super) struct Kicks(Vec<EventFd>);
+
+impl Kicks {
+    pub(super) fn new(queues: usize) -> io::Result<Self> {
+        Ok(Self((0..queues).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<Result<_, _>>()?))
+    }
+
+    pub(super) fn fds(&self) -> impl Iterator<Item = (u32, &EventFd)> {
+        (0..).zip(&self.0)
+    }
+}
+
+impl QueueNotifier for Kicks {
+    fn notify(&self, index: usize) {
+        if let Some(kick) = self.0.get(index) {
+            // Full only after 2^64 notifications, and then it is readable.
+            let _ = kick.write(1);
+        }
+    }
+}
+
+/// What else a device waits for: a descriptor that becomes readable.
+pub(super) struct Backend {
+    pub(super) fd: OwnedFd,
+    /// The queue whose notification makes waiting worth while again after `ready` gave it up.
+    pub(super) queue: usize,
+    /// Takes what is there. False when waiting for more is of no use for now.
+    pub(super) ready: Box<dyn FnMut() -> bool + Send>,
+}
+
+/// The running thread.
+pub(super) struct Worker {
+    stop: EventFd,
+    ended: mpsc::Receiver<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    pub(super) fn start(
+        name: &str,
+        control: Arc<dyn VirtioControl>,
+        kicks: Arc<Kicks>,
+        backend: Option<Backend>,
+    ) -> io::Result<Self> {
+        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let events = Events::new(&kicks, &stop, backend.as_ref())?;
+        let (ending, ended) = mpsc::channel::<()>();
+        let name: String = name.chars().take(MAX_NAME).collect();
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            run(&events, &*control, &kicks, backend);
+            // Tells `stop` by being dropped.
+            drop(ending);
+        })?;
+        Ok(Self { stop, ended, thread: Some(thread) })
+    }
+
+    /// Ends the thread, if it does not hang.
+    pub(super) fn stop(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        let _ = self.stop.write(1);
+        let name = thread.thread().name().unwrap_or_default().to_owned();
+        match self.ended.recv_timeout(END) {
+            Err(mpsc::RecvTimeoutError::Disconnected) if thread.join().is_ok() => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                tracing::error!(thread = name, "the thread of a device panicked");
+            }
+            _ => tracing::warn!(thread = name, "a device's backend is stuck; it is left behind"),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Marks of descriptors; queues have their numbers.
+const STOP: u64 = u64::MAX;
+const BACKEND: u64 = u64::MAX - 1;
+
+struct Events {
+    epoll: Epoll,
+    backend: Option<RawFd>,
+}
+
+impl Events {
+    fn new(kicks: &Kicks, stop: &EventFd, backend: Option<&Backend>) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let add = |fd: RawFd, mark| {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, mark))
+        };
+        add(stop.as_raw_fd(), STOP)?;
+        for (index, kick) in kicks.fds() {
+            add(kick.as_raw_fd(), index.into())?;
+        }
+        let backend = backend.map(|backend| backend.fd.as_raw_fd());
+        if let Some(fd) = backend {
+            add(fd, BACKEND)?;
+        }
+        Ok(Self { epoll, backend })
+    }
+
+    /// Waits for the backend, or does not.
+    fn watch_backend(&self, watch: bool) {
+        let Some(fd) = self.backend else { return };
+        let set = if watch { EventSet::IN } else { EventSet::empty() };
+        let event = EpollEvent::new(set, BACKEND);
+        if let Err(error) = self.epoll.ctl(ControlOperation::Modify, fd, event) {
+            tracing::error!(%error, "epoll_ctl of a device's backend");
+        }
+    }
+}
+
+fn run(events: &Events, control: &dyn VirtioControl, kicks: &Kicks, mut backend: Option<Backend>) {
+    let mut ready = [EpollEvent::default(); 8];
+    let mut watching = true;
+    loop {
+        let count = match events.epoll.wait(-1, &mut ready) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                tracing::error!(%error, device = control.name(), "epoll_wait");
+                return;
+            }
+        };
+        for event in &ready[..count] {
+            match (event.data(), &mut backend) {
+                (STOP, _) => return,
+                (BACKEND, Some(backend)) => {
+                    watching = (backend.ready)();
+                    if !watching {
+                        events.watch_backend(false);
+                    }
+                }
+                (BACKEND, None) => {}
+                (queue, backend) => {
+                    // At most the number of queues.
+                    let queue = queue as usize;
+                    if let Some(kick) = kicks.0.get(queue) {
+                        // Before the look at the queue: what comes after it is a new event.
+                        let _ = kick.read();
+                    }
+                    control.process_queue(queue);
+                    let of_backend = backend.as_ref().is_some_and(|b| b.queue == queue);
+                    if of_backend && !watching {
+                        watching = true;
+                        events.watch_backend(true);
+                    }
+                }
+            }
+        }
+    }
+}
