@@ -5,6 +5,7 @@
 //! NAME.sock      control socket (HTTP/JSON, docs/openapi.yaml)
 //! NAME.console   console socket, with --console socket
 //! NAME.pty       symbolic link to the console's terminal, with --console pty
+//! NAME@incoming  in place of NAME: a VM that is being moved here, until it is handed over
 //! .lock          held for moments, while a name is claimed, given up or found dead
 //! ```
 //!
@@ -28,6 +29,12 @@ pub const RUNTIME_DIR_VARIABLE: &str = "MINIVMM_RUNTIME_DIR";
 
 /// Longest path of a Unix socket, bytes: `sun_path` of unix(7) without its final NUL.
 pub const MAX_SOCKET_PATH: usize = 107;
+
+/// Ends the names of files of a VM that is being moved here. Not a character of names.
+pub const INCOMING: &str = "@incoming";
+
+/// Of the files of a name that are not its lock.
+const SUFFIXES: [&str; 3] = [".sock", ".console", ".pty"];
 
 /// Why the runtime directory, or a name in it, cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -211,27 +218,54 @@ impl RuntimeDir {
     /// The name is taken, is not one, or would make the control socket's path too long.
     pub fn claim(&self, name: &str) -> Result<ClaimedName, RuntimeDirError> {
         parse_name(name)?;
-        check_socket_path(&self.file(name, ".sock"))?;
+        self.claim_entry(name, name)
+    }
+
+    fn claim_entry(&self, name: &str, entry: &str) -> Result<ClaimedName, RuntimeDirError> {
+        check_socket_path(&self.file(entry, ".sock"))?;
         let _guard = self.guard()?;
-        let path = self.file(name, ".lock");
+        let lock = self.lock_entry(entry)?;
+        let (name, entry) = (name.to_owned(), entry.to_owned());
+        Ok(ClaimedName { dir: self.clone(), name, entry, lock })
+    }
+
+    /// Takes the lock of `entry`. Under the guard.
+    fn lock_entry(&self, entry: &str) -> Result<File, RuntimeDirError> {
+        let path = self.file(entry, ".lock");
         let mut lock = open_lock(&path)?;
         if !try_lock(&lock, &path)? {
-            let (name, pid) = (name.to_owned(), pid_text(read_pid(&mut lock)));
+            let (name, pid) = (entry.to_owned(), pid_text(read_pid(&mut lock)));
             return Err(RuntimeDirError::NameTaken { name, pid });
         }
         write_pid(&mut lock).map_err(io_error("write", &path))?;
-        self.remove_leftovers(name);
-        Ok(ClaimedName { dir: self.clone(), name: name.to_owned(), _lock: lock })
+        self.remove_leftovers(entry);
+        Ok(lock)
     }
 
-    /// The control socket of the VM `name`.
+    /// As [`RuntimeDir::claim`], for a VM that is being moved here: until it is handed over, the
+    /// name itself may belong to the process that it comes from.
+    ///
+    /// # Errors
+    /// As [`RuntimeDir::claim`].
+    pub fn claim_incoming(&self, name: &str) -> Result<ClaimedName, RuntimeDirError> {
+        parse_name(name)?;
+        self.claim_entry(name, &format!("{name}{INCOMING}"))
+    }
+
+    /// The control socket of the VM `name`; of the one that is being moved here where there is no
+    /// other, or where `name` ends with `@incoming`.
     ///
     /// # Errors
     /// No process runs such a VM.
     pub fn find(&self, name: &str) -> Result<Found, RuntimeDirError> {
-        parse_name(name)?;
+        let plain = name.strip_suffix(INCOMING);
+        parse_name(plain.unwrap_or(name))?;
         let _guard = self.guard()?;
-        self.probe(name)?.ok_or_else(|| RuntimeDirError::NoSuchVm {
+        let mut found = self.probe(name)?;
+        if found.is_none() && plain.is_none() {
+            found = self.probe(&format!("{name}{INCOMING}"))?;
+        }
+        found.ok_or_else(|| RuntimeDirError::NoSuchVm {
             name: name.to_owned(),
             dir: self.path.clone(),
         })
@@ -250,7 +284,9 @@ impl RuntimeDir {
             let name = file_name
                 .to_str()
                 .and_then(|f| f.strip_suffix(".lock").or_else(|| f.strip_suffix(".sock")));
-            if let Some(name) = name.filter(|name| parse_name(name).is_ok()) {
+            let is_name =
+                |name: &&str| parse_name(name.strip_suffix(INCOMING).unwrap_or(name)).is_ok();
+            if let Some(name) = name.filter(is_name) {
                 names.push(name.to_owned());
             }
         }
@@ -284,7 +320,7 @@ impl RuntimeDir {
 
     /// Removes sockets and links of a name whose lock this process holds. Under the guard.
     fn remove_leftovers(&self, name: &str) {
-        for suffix in [".sock", ".console", ".pty"] {
+        for suffix in SUFFIXES {
             let path = self.file(name, suffix);
             match fs::remove_file(&path) {
                 Ok(()) => tracing::info!(path = %path.display(), "removed what a VM left behind"),
@@ -301,8 +337,10 @@ impl RuntimeDir {
 pub struct ClaimedName {
     dir: RuntimeDir,
     name: String,
+    /// What its files are called: the name, with [`INCOMING`] until the VM is handed over.
+    entry: String,
     /// Closing it gives up the name.
-    _lock: File,
+    lock: File,
 }
 
 impl ClaimedName {
@@ -315,15 +353,43 @@ impl ClaimedName {
     /// Path of the control socket.
     #[must_use]
     pub fn socket_path(&self) -> PathBuf {
-        self.dir.file(&self.name, ".sock")
+        self.dir.file(&self.entry, ".sock")
+    }
+
+    /// Takes the name itself, after a hand-over: the control socket and the console are found
+    /// under it from now on. Without effect where this process has it.
+    ///
+    /// # Errors
+    /// [`RuntimeDirError::NameTaken`] while the process that the VM comes from, or another, has the
+    /// name; nothing has changed then.
+    pub fn take_over(&mut self) -> Result<(), RuntimeDirError> {
+        if self.entry == self.name {
+            return Ok(());
+        }
+        let _guard = self.dir.guard()?;
+        let lock = self.dir.lock_entry(&self.name)?;
+        for suffix in SUFFIXES {
+            let (from, to) =
+                (self.dir.file(&self.entry, suffix), self.dir.file(&self.name, suffix));
+            match fs::rename(&from, &to) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error("rename", &from)(e));
+                }
+                _ => {}
+            }
+        }
+        let _ = fs::remove_file(self.dir.file(&self.entry, ".lock"));
+        self.entry.clone_from(&self.name);
+        self.lock = lock;
+        Ok(())
     }
 
     /// Where the console may put its socket or link.
     #[must_use]
     pub fn console_paths(&self) -> ConsolePaths {
         ConsolePaths {
-            socket: self.dir.file(&self.name, ".console"),
-            pty_link: self.dir.file(&self.name, ".pty"),
+            socket: self.dir.file(&self.entry, ".console"),
+            pty_link: self.dir.file(&self.entry, ".pty"),
         }
     }
 
@@ -341,8 +407,8 @@ impl Drop for ClaimedName {
         // With the guard nobody can claim the name between the removal and the unlocking.
         match self.dir.guard() {
             Ok(_guard) => {
-                self.dir.remove_leftovers(&self.name);
-                let _ = fs::remove_file(self.dir.file(&self.name, ".lock"));
+                self.dir.remove_leftovers(&self.entry);
+                let _ = fs::remove_file(self.dir.file(&self.entry, ".lock"));
             }
             Err(e) => tracing::warn!(error = %e, "leaving the name's files behind"),
         }
@@ -481,6 +547,32 @@ mod tests {
         assert!(refusal.contains("--name"), "{refusal}");
         let _other = dir.claim("b").unwrap();
         drop(owner);
+        dir.claim("a").unwrap();
+    }
+
+    #[test]
+    fn an_incoming_vm_takes_the_name_over_when_it_is_free() {
+        let (_temp, dir) = dir();
+        let source = dir.claim("a").unwrap();
+        let mut incoming = dir.claim_incoming("a").unwrap();
+        let _listener = incoming.listen().unwrap();
+        assert!(dir.claim_incoming("a").is_err());
+        let names = || dir.list().unwrap().into_iter().map(|f| f.name).collect::<Vec<_>>();
+        assert_eq!(names(), ["a", "a@incoming"]);
+        assert!(matches!(incoming.take_over(), Err(RuntimeDirError::NameTaken { .. })));
+        drop(source);
+        // Found by its own name and, as long as nobody else has it, by the plain one.
+        let socket = dir.find("a@incoming").unwrap().socket;
+        assert_eq!(dir.find("a").unwrap().socket, socket);
+        incoming.take_over().unwrap();
+        assert_eq!(names(), ["a"]);
+        let socket = dir.find("a").unwrap().socket;
+        assert_eq!(socket, incoming.socket_path());
+        std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        assert!(dir.claim("a").is_err());
+        incoming.take_over().unwrap();
+        drop(incoming);
+        assert!(names().is_empty());
         dir.claim("a").unwrap();
     }
 

@@ -151,7 +151,7 @@ impl Loader {
     /// Fills a fresh machine. On error it must not be run.
     pub fn load(self, machine: &Machine) -> Result<(), SaveError> {
         let sections = self.reader.load_memory(machine)?.sections()?;
-        Ok(machine.load_sections(&sections)?)
+        Ok(machine.load_sections(&sections, None)?)
     }
 }
 

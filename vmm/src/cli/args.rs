@@ -9,6 +9,13 @@ use crate::config::{
     ConfigError, ConsoleConfig, DiskConfig, LogConfig, NetOptions, OnReboot, Replacement,
     RestoreSettings, RunOptions,
 };
+use crate::runtime_dir::INCOMING;
+
+/// The name of a VM that exists, or `NAME@incoming`.
+fn parse_vm(text: &str) -> Result<String, ConfigError> {
+    parse_name(text.strip_suffix(INCOMING).unwrap_or(text))?;
+    Ok(text.to_owned())
+}
 
 const EXAMPLES: &str = "\
 Examples:
@@ -246,7 +253,7 @@ pub(super) struct Output {
 #[derive(Debug, Args)]
 pub(super) struct Named {
     /// Name of the VM
-    #[arg(value_parser = parse_name)]
+    #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     #[command(flatten)]
     pub(super) output: Output,
@@ -262,7 +269,7 @@ Examples:
   minivmm save web web.vm --stop --json")]
 pub(super) struct SaveArgs {
     /// Name of the VM
-    #[arg(value_parser = parse_name)]
+    #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     /// File to write
     pub(super) file: PathBuf,
@@ -281,7 +288,7 @@ Examples:
   minivmm stop web --force                kill it at once")]
 pub(super) struct StopArgs {
     /// Name of the VM
-    #[arg(value_parser = parse_name)]
+    #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     /// Kill the VM: at once, or after --timeout when that is given
     #[arg(long)]
@@ -296,7 +303,7 @@ pub(super) struct StopArgs {
 #[derive(Debug, Args)]
 pub(super) struct ConsoleArgs {
     /// Name of the VM
-    #[arg(value_parser = parse_name)]
+    #[arg(value_parser = parse_vm)]
     pub(super) name: String,
 }
 
@@ -309,7 +316,7 @@ Examples:
   minivmm balloon web 0      give all of it back")]
 pub(super) struct BalloonArgs {
     /// Name of the VM
-    #[arg(value_parser = parse_name)]
+    #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     /// Memory in the balloon: 512M, 1G or bytes; whole pages of 4 KiB
     #[arg(value_parser = parse_size)]
@@ -324,7 +331,7 @@ Examples:
   minivmm link web eth0 down")]
 pub(super) struct LinkArgs {
     /// Name of the VM
-    #[arg(value_parser = parse_name)]
+    #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     /// Name of the network card
     #[arg(value_parser = parse_id)]
@@ -353,7 +360,7 @@ Examples:
   minivmm events web --follow --json | jq -c .kind")]
 pub(super) struct EventsArgs {
     /// Name of the VM
-    #[arg(value_parser = parse_name)]
+    #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     /// Go on until the VM ends
     #[arg(long, short)]

@@ -1,6 +1,7 @@
 //! The state of the machine outside its vCPUs that KVM keeps: PICs, IOAPIC, PIT, clock.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use devices::Persist;
 use kvm_bindings::{
@@ -27,10 +28,35 @@ pub struct VmStateV1 {
 pub struct ClockStateV1 {
     /// kvmclock of the VM, nanoseconds.
     pub clock_ns: u64,
-    /// Host's wall clock at that moment, nanoseconds since 1970, where KVM tells.
+    /// Host's wall clock at that moment, nanoseconds since 1970.
     pub realtime_ns: Option<u64>,
     /// Host's TSC at that moment.
     pub host_tsc: u64,
+}
+
+/// The host's wall clock, nanoseconds since 1970; `None` before that.
+fn realtime_ns() -> Option<u64> {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    u64::try_from(since.as_nanos()).ok()
+}
+
+impl ClockStateV1 {
+    /// How long the guest has been standing, if it began to about `standing` ago as far as this
+    /// host knows, which hears of it a little late or early. The hosts' wall clocks tell exactly
+    /// if they agree; if they obviously do not, what this host knows has to do.
+    #[must_use]
+    pub fn time_away(&self, standing: Duration) -> Duration {
+        /// Wall clocks that are set from the same source are far closer.
+        const AGREE: Duration = Duration::from_secs(1);
+        let by_wall_clock = self
+            .realtime_ns
+            .and_then(|then| realtime_ns()?.checked_sub(then))
+            .map(Duration::from_nanos);
+        match by_wall_clock {
+            Some(away) if away.abs_diff(standing) <= AGREE => away,
+            _ => standing,
+        }
+    }
 }
 
 /// The VM's descriptor as something that can be saved.
@@ -63,7 +89,11 @@ impl Persist for VmClock {
             if has(kvm_bindings::KVM_CLOCK_HOST_TSC) { clock.host_tsc } else { host_tsc() };
         Ok(ClockStateV1 {
             clock_ns: clock.clock,
-            realtime_ns: has(kvm_bindings::KVM_CLOCK_REALTIME).then_some(clock.realtime),
+            realtime_ns: if has(kvm_bindings::KVM_CLOCK_REALTIME) {
+                Some(clock.realtime)
+            } else {
+                realtime_ns()
+            },
             host_tsc,
         })
     }
@@ -105,5 +135,28 @@ impl Persist for VmKvm {
                 .map_err(KvmError::ioctl(format!("writing interrupt controller {chip_id}")))?;
         }
         self.fd.set_pit2(&state.pit).map_err(KvmError::ioctl("writing the PIT"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn saved_ago(by_wall_clock: Duration) -> ClockStateV1 {
+        let realtime_ns = realtime_ns().unwrap() - by_wall_clock.as_nanos() as u64;
+        ClockStateV1 { clock_ns: 0, realtime_ns: Some(realtime_ns), host_tsc: 0 }
+    }
+
+    #[test]
+    fn wall_clocks_tell_the_time_away_if_they_agree() {
+        let standing = Duration::from_secs(100);
+        let away = saved_ago(Duration::from_millis(100_020)).time_away(standing);
+        assert!(away >= Duration::from_millis(100_020), "{away:?}");
+        for wrong in [0, 50, 3600] {
+            assert_eq!(saved_ago(Duration::from_secs(wrong)).time_away(standing), standing);
+        }
+        let unknown = ClockStateV1 { realtime_ns: None, ..saved_ago(standing) };
+        assert_eq!(unknown.time_away(standing), standing);
     }
 }

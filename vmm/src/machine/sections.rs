@@ -1,6 +1,7 @@
 //! The machine's state as sections: taken, loaded, compared.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use devices::{Payload, Persist};
 use migration::{Section, VmError, VmState};
@@ -148,13 +149,18 @@ impl Machine {
     }
 
     /// Puts state into a machine that has not run: vCPUs, then the interrupt controllers (which
-    /// deliver to them), then devices (virtio devices last), then time.
-    pub fn load_sections(&self, sections: &[Section]) -> Result<(), StateError> {
+    /// deliver to them), then devices (virtio devices last), then time. Time goes on from where it
+    /// stood or, if the guest is `standing` and the world went on, includes the time away.
+    pub fn load_sections(
+        &self,
+        sections: &[Section],
+        standing: Option<Duration>,
+    ) -> Result<(), StateError> {
         let loader = Loader::new(sections, self.vcpus.len(), &self.virtio)?;
         self.load_all_but_time(&loader)?;
         let find = |kind, instance| loader.find(kind, instance).map(payload);
         self.virtio.load(find, virtio_part)?;
-        self.load_time(&loader)
+        self.load_time(&loader, standing)
     }
 
     /// The state of power-on, but time goes on.
@@ -175,13 +181,19 @@ impl Machine {
         loader.load(&mut *lock(&self.devices.power), 0)
     }
 
-    fn load_time(&self, loader: &Loader<'_>) -> Result<(), StateError> {
-        loader.load(&mut self.clock(), 0)?;
+    fn load_time(&self, loader: &Loader<'_>, standing: Option<Duration>) -> Result<(), StateError> {
+        let mut clock = loader.state::<VmClock>(0)?;
+        let away = standing.map_or(Duration::ZERO, |standing| clock.time_away(standing));
+        // Times of centuries are no overflow.
+        clock.clock_ns = clock.clock_ns.wrapping_add(away.as_nanos() as u64);
+        self.clock().restore(&clock).map_err(part::<VmClock>(0))?;
         let now = host_tsc();
-        let saved_at = loader.state::<VmClock>(0)?.host_tsc;
         for (instance, vcpu) in (0..).zip(&self.vcpus) {
             let tsc = loader.state::<VcpuKvm>(instance)?.tsc;
-            vcpu.kvm().restore_tsc(&tsc, saved_at, now).map_err(part::<VcpuKvm>(instance))?;
+            // kHz times nanoseconds are millionths of ticks.
+            let ticks = (u128::from(tsc.khz) * away.as_nanos() / 1_000_000) as u64;
+            let stood_at = clock.host_tsc.wrapping_add(ticks);
+            vcpu.kvm().restore_tsc(&tsc, stood_at, now).map_err(part::<VcpuKvm>(instance))?;
         }
         Ok(())
     }
@@ -197,7 +209,7 @@ impl VmState for Machine {
     }
 
     fn load_sections(&self, sections: &[Section]) -> Result<(), VmError> {
-        Machine::load_sections(self, sections).map_err(|e| VmError::Other(e.to_string()))
+        Machine::load_sections(self, sections, None).map_err(|e| VmError::Other(e.to_string()))
     }
 }
 
