@@ -19,5 +19,6 @@ pub mod process;
 pub mod run;
 pub mod runtime_dir;
 pub mod snapshot;
+pub mod state_dir;
 pub mod vcpu;
 pub mod virtio;
