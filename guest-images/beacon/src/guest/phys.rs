@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use beacon_core::boot::{BootInfo, Bytes};
 use beacon_core::memory::FreeRam;
 use beacon_core::pages::Words;
+use beacon_core::queue::Ram;
 
 use crate::ring0;
 
@@ -35,6 +36,39 @@ impl Words for Memory {
         // SAFETY: as for `load`.
         unsafe { (address as *mut u64).write_volatile(value) }
     }
+}
+
+impl Ram for Memory {
+    fn get16(&self, address: u64) -> u16 {
+        // SAFETY: the queue passes aligned addresses in the memory that it was given.
+        unsafe { (address as *const u16).read_volatile() }
+    }
+
+    fn put16(&self, address: u64, value: u16) {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *mut u16).write_volatile(value) }
+    }
+
+    fn get32(&self, address: u64) -> u32 {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *const u32).read_volatile() }
+    }
+
+    fn put32(&self, address: u64, value: u32) {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *mut u32).write_volatile(value) }
+    }
+
+    fn put64(&self, address: u64, value: u64) {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *mut u64).write_volatile(value) }
+    }
+}
+
+/// Reads an 8-bit device register.
+pub fn read8(address: u64) -> u8 {
+    // SAFETY: as for `read32`.
+    unsafe { (address as *const u8).read_volatile() }
 }
 
 /// Reads a 32-bit device register.
@@ -74,6 +108,19 @@ pub unsafe fn allocate<T>(ram: &mut FreeRam, count: usize) -> Option<&'static mu
         core::ptr::write_bytes(address as *mut u8, 0, bytes);
         Some(core::slice::from_raw_parts_mut(address as *mut T, count))
     }
+}
+
+/// Memory for one value, for the rest of the guest's life.
+pub fn keep<T>(ram: &mut FreeRam, value: T) -> Option<&'static mut T> {
+    // SAFETY: it is written before it is read.
+    let [place] = (unsafe { allocate::<core::mem::MaybeUninit<T>>(ram, 1)? }) else { return None };
+    Some(place.write(value))
+}
+
+/// Memory for bytes that a device or a driver fills.
+pub fn bytes(ram: &mut FreeRam, count: usize) -> Option<&'static mut [u8]> {
+    // SAFETY: zero is a valid byte.
+    unsafe { allocate(ram, count) }
 }
 
 /// Collects the free RAM of the memory map, above the image, and maps what lies above 4 GiB.
