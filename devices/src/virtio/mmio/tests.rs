@@ -409,7 +409,11 @@ fn a_state_that_cannot_be_is_refused() {
     refused(&|s| s.queues.truncate(1), "1 queues were saved, 2 are here");
     refused(&|s| s.driver_features |= 1 << 9, "0x200 are not offered");
     refused(&|s| s.driver_features &= !features::VERSION_1, "not offered");
-    refused(&|s| s.status &= !status::FEATURES_OK, "DRIVER_OK without FEATURES_OK");
+    refused(&|s| s.status &= !status::FEATURES_OK, "no driver sets status 0x7");
+    refused(&|s| s.status &= !status::ACKNOWLEDGE, "no driver sets status 0xe");
+    refused(&|s| s.status |= 1 << 31, "no driver sets status 0x8000000f");
+    refused(&|s| s.status = 3, "a queue is ready before features are settled");
+    refused(&|s| s.status = 0, "a queue is ready before features are settled");
     refused(&|s| s.interrupt_status = 4, "unknown bits");
     refused(&|s| s.queues[0].size = 3, "queue 0: queue size 3");
     refused(&|s| s.queues[0].size = 32, "queue 0: queue size 32");
