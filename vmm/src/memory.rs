@@ -114,12 +114,14 @@ impl Discard for RamDiscard {
             if from >= to {
                 continue;
             }
-            punch(&self.file, region.file_offset + (from - region.gpa), to - from)?;
+            let punched = punch(&self.file, region.file_offset + (from - region.gpa), to - from);
+            // Whatever came of it: what failed half-way discarded half.
             if let Some(mapped) = self.memory.find_region(GuestAddress(region.gpa)) {
                 let len = usize::try_from(to - from).map_err(io::Error::other)?;
                 let at = usize::try_from(from - region.gpa).map_err(io::Error::other)?;
                 mapped.get_mmap().bitmap().set_addr_range(at, len);
             }
+            punched?;
         }
         Ok(())
     }
@@ -407,6 +409,30 @@ mod tests {
         assert_eq!(bits[1], 0b11);
         assert!(bits.iter().enumerate().all(|(i, w)| i == 1 || *w == 0));
         assert!(ram.take_device_dirty(0).iter().all(|w| *w == 0));
+    }
+
+    #[test]
+    fn discarded_pages_are_marked_whatever_came_of_it() {
+        let ram = GuestRam::new(layout::HOLE_START + (64 << 20), false).unwrap();
+        let mut discard = ram.discarder().unwrap();
+        let marked = |region| {
+            let bits = ram.take_device_dirty(region);
+            let pages = (0..).zip(bits).flat_map(|(word, bits): (u64, u64)| {
+                (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| 64 * word + bit)
+            });
+            pages.collect::<Vec<_>>()
+        };
+        let above = layout::HOLE_END + 7 * PAGE_SIZE;
+        ram.memory().write_slice(&[9; 3], GuestAddress(above)).unwrap();
+        assert_eq!(marked(1), [7]);
+        discard.discard(3 * PAGE_SIZE, 2 * PAGE_SIZE).unwrap();
+        discard.discard(above, PAGE_SIZE).unwrap();
+        assert_eq!((marked(0), marked(1)), (vec![3, 4], vec![7]));
+        assert_eq!(ram.populated_bytes(), 0);
+        // It fails, perhaps after a part was done.
+        discard.file = File::open("/dev/null").unwrap();
+        assert!(discard.discard(above, PAGE_SIZE).is_err());
+        assert_eq!((marked(0), marked(1)), (vec![], vec![7]));
     }
 
     #[test]

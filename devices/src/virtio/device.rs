@@ -74,7 +74,8 @@ pub trait VirtioDevice: Send + 'static {
         context: &mut Context<'_, M>,
     ) -> Result<Progress, DeviceError>;
 
-    /// Why this device cannot be migrated, where it cannot.
+    /// Why this device cannot be migrated, where it cannot. Asked once, when it is put behind its
+    /// transport.
     fn migration_blocker(&self) -> Option<String> {
         None
     }

@@ -30,12 +30,17 @@ impl Gate {
         Some(Inside(self))
     }
 
+    /// Closes the gate and waits for nobody.
+    pub(super) fn begin_close(&self) {
+        self.lock().closed = true;
+        self.closing.store(true, Ordering::Relaxed);
+    }
+
     /// Closes the gate and waits until nobody is inside. False when somebody still is at
     /// `deadline`: the gate is closed all the same.
     pub(super) fn close(&self, deadline: Instant) -> bool {
+        self.begin_close();
         let mut state = self.lock();
-        state.closed = true;
-        self.closing.store(true, Ordering::Relaxed);
         while state.inside > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -13,7 +13,7 @@ use vm_memory::bitmap::BitmapSlice;
 use vm_memory::VolatileSlice;
 
 /// Most buffers that one call takes (UIO_MAXIOV in the kernel).
-const MAX_BUFFERS: usize = 1024;
+pub const MAX_BUFFERS: usize = 1024;
 
 /// Fills all of `slices` from `offset` of a file.
 ///
@@ -76,16 +76,22 @@ pub fn read_once<B: BitmapSlice>(
     // SAFETY: `buffers` are iovecs of memory that the VolatileSlices promise to be mapped and
     // writable for as long as they live, and of `overflow`, which is exclusively borrowed; both
     // outlive the call.
-    let done = once(&buffers, |buffers| unsafe {
+    let result = once(&buffers, |buffers| unsafe {
         libc::readv(fd.as_raw_fd(), buffers.as_ptr(), count(buffers))
-    })?;
-    let mut left = done;
+    });
+    let mut left = match &result {
+        Ok(done) => *done,
+        // Nothing was there: the usual end, and nothing was written.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+        // Who knows how far it came.
+        Err(_) => usize::MAX,
+    };
     for slice in slices {
         let part = left.min(slice.len());
         slice.bitmap().mark_dirty(0, part);
         left -= part;
     }
-    Ok(done)
+    result
 }
 
 /// Writes `slices` by one call, as a datagram wants it. Gives the number of bytes.
@@ -278,5 +284,21 @@ mod tests {
         assert_eq!(write_once(near.as_fd(), &to).unwrap(), 0x1400);
         let mut frame = vec![0; 0x2000];
         assert_eq!(far.recv(&mut frame).unwrap(), 0x1400);
+    }
+
+    #[test]
+    fn a_read_that_fails_is_marked_unless_there_was_nothing_to_read() {
+        let memory = memory();
+        let (near, _far) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let to = slices!(memory, [(0x1000, 0x1000), (0x3000, 0x10)]);
+        let error = read_once(near.as_fd(), &to, &mut []).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(dirty_pages(&memory).is_empty());
+        // Nobody says how far a failed call came.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let only_written = std::fs::OpenOptions::new().write(true).open(file.path()).unwrap();
+        assert!(read_once(only_written.as_fd(), &to, &mut []).is_err());
+        assert_eq!(dirty_pages(&memory), [1, 3]);
     }
 }

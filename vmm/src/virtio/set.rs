@@ -222,6 +222,7 @@ impl VirtioSet {
     /// # Errors
     /// A request did not end by `deadline`; all devices go on.
     pub fn quiesce(&self, deadline: Instant) -> Result<(), QuiesceError> {
+        self.slots.iter().for_each(|slot| slot.control.begin_quiesce());
         for slot in &self.slots {
             if let Err(error) = slot.control.quiesce(deadline) {
                 self.slots.iter().for_each(|slot| slot.control.resume());
@@ -401,17 +402,14 @@ const REGISTERS: &str = "virtio-mmio";
 fn tap_backend(card: &Handle<Card, Memory>) -> io::Result<Option<Backend>> {
     let fd = card.with_device(|card| card.backend_mut().fd().as_fd().try_clone_to_owned())?;
     let card = card.clone();
-    let ready = move || loop {
+    let ready = move || {
         let received = card.with_queues(|card, context| {
-            let progress = card.receive(context)?;
-            Ok((progress, card.wants_frames()))
+            // Frames that are left make the tap readable again: the guest's own have their turn.
+            let more = card.receive(context)? == Progress::More;
+            Ok(more || card.wants_frames())
         });
-        match received {
-            Some((Progress::More, _)) => {}
-            Some((Progress::Idle, wants_frames)) => return wants_frames,
-            // No driver, or the machine stands: a notification follows when that changes.
-            None => return false,
-        }
+        // Without a driver, or while the machine stands: a notification follows when that changes.
+        received.unwrap_or(false)
     };
     Ok(Some(Backend { fd, queue: RECEIVE, ready: Box::new(ready) }))
 }

@@ -121,6 +121,15 @@ impl Events {
         Ok(Self { epoll, backend })
     }
 
+    /// Never waits for the backend again. To wait for nothing of it is not enough once it is gone:
+    /// errors and hang-ups are reported unasked, over and over.
+    fn forget_backend(&self) {
+        let Some(fd) = self.backend else { return };
+        if let Err(error) = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()) {
+            tracing::error!(%error, "epoll_ctl of a device's backend");
+        }
+    }
+
     /// Waits for the backend, or does not.
     fn watch_backend(&self, watch: bool) {
         let Some(fd) = self.backend else { return };
@@ -147,9 +156,14 @@ fn run(events: &Events, control: &dyn VirtioControl, kicks: &Kicks, mut backend:
         for event in &ready[..count] {
             match (event.data(), &mut backend) {
                 (STOP, _) => return,
-                (BACKEND, Some(backend)) => {
-                    watching = (backend.ready)();
-                    if !watching {
+                (BACKEND, Some(found)) => {
+                    watching = (found.ready)();
+                    if event.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP) {
+                        // A tap that was deleted, for one.
+                        tracing::warn!(device = control.name(), "the backend is gone");
+                        events.forget_backend();
+                        backend = None;
+                    } else if !watching {
                         events.watch_backend(false);
                     }
                 }
@@ -169,6 +183,137 @@ fn run(events: &Events, control: &dyn VirtioControl, kicks: &Kicks, mut backend:
                     }
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::{Receiver, Sender};
+    use std::time::Instant;
+
+    use devices::virtio::mmio::QuiesceError;
+    use devices::{Payload, PersistError};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// Tells of every queue that is looked at.
+    struct Looks(Sender<usize>);
+
+    impl VirtioControl for Looks {
+        fn name(&self) -> &'static str {
+            "looks"
+        }
+        fn queue_count(&self) -> usize {
+            2
+        }
+        fn process_queue(&self, index: usize) {
+            self.0.send(index).unwrap();
+        }
+        fn begin_quiesce(&self) {}
+        fn quiesce(&self, _: Instant) -> Result<(), QuiesceError> {
+            Ok(())
+        }
+        fn resume(&self) {}
+        fn raise_pending(&self) {}
+        fn migration_blocker(&self) -> Option<String> {
+            None
+        }
+        fn save_device(&self, _: u32) -> Result<Payload, PersistError> {
+            unreachable!()
+        }
+        fn restore_device(&self, _: &Payload) -> Result<(), PersistError> {
+            unreachable!()
+        }
+    }
+
+    struct Running {
+        worker: Worker,
+        kicks: Arc<Kicks>,
+        looks: Receiver<usize>,
+    }
+
+    impl Running {
+        fn start(backend: Option<Backend>) -> Self {
+            let (sender, looks) = mpsc::channel();
+            let kicks = Arc::new(Kicks::new(2).unwrap());
+            let control = Arc::new(Looks(sender));
+            let worker = Worker::start("looks", control, Arc::clone(&kicks), backend).unwrap();
+            Self { worker, kicks, looks }
+        }
+
+        /// Notifies of queue `index` and waits until it was looked at.
+        fn kick(&self, index: usize) {
+            self.kicks.notify(index);
+            assert_eq!(self.looks.recv_timeout(PATIENCE).unwrap(), index);
+        }
+    }
+
+    /// A backend that takes a byte at a time and tells of each call; `more` is what it answers.
+    fn bytes(more: bool) -> (Backend, UnixStream, Receiver<Option<u8>>) {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (sender, taken) = mpsc::channel();
+        let mut source = near.try_clone().unwrap();
+        source.set_nonblocking(true).unwrap();
+        let ready = move || {
+            let mut byte = [0];
+            let read = source.read(&mut byte).ok().filter(|read| *read > 0);
+            sender.send(read.map(|_| byte[0])).unwrap();
+            more
+        };
+        (Backend { fd: near.into(), queue: 1, ready: Box::new(ready) }, far, taken)
+    }
+
+    #[test]
+    fn every_notification_is_followed_by_a_look() {
+        let mut running = Running::start(None);
+        for round in 0..1000 {
+            running.kick(round % 2);
+        }
+        running.worker.stop();
+        assert!(running.looks.try_recv().is_err(), "and by no other");
+    }
+
+    #[test]
+    fn a_backend_that_was_given_up_is_waited_for_after_a_notification_of_its_queue() {
+        let (backend, mut far, taken) = bytes(false);
+        let running = Running::start(Some(backend));
+        far.write_all(b"ab").unwrap();
+        assert_eq!(taken.recv_timeout(PATIENCE).unwrap(), Some(b'a'));
+        running.kick(0);
+        running.kick(0);
+        assert!(taken.try_recv().is_err(), "nobody can take more");
+        running.kick(1);
+        assert_eq!(taken.recv_timeout(PATIENCE).unwrap(), Some(b'b'));
+    }
+
+    #[test]
+    fn a_backend_that_has_more_is_called_again() {
+        let (backend, mut far, taken) = bytes(true);
+        let _running = Running::start(Some(backend));
+        far.write_all(b"abc").unwrap();
+        for byte in *b"abc" {
+            assert_eq!(taken.recv_timeout(PATIENCE).unwrap(), Some(byte));
+        }
+    }
+
+    #[test]
+    fn a_backend_that_is_gone_is_forgotten_and_the_queues_are_not() {
+        for more in [true, false] {
+            let (backend, far, taken) = bytes(more);
+            let running = Running::start(Some(backend));
+            drop(far);
+            assert_eq!(taken.recv_timeout(PATIENCE).unwrap(), None);
+            for round in 0..100 {
+                running.kick(round % 2);
+            }
+            // An event of before may have been on its way.
+            assert!(taken.try_iter().count() <= 1, "called over and over");
         }
     }
 }

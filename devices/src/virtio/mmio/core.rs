@@ -10,6 +10,18 @@ use crate::virtio::{VirtQueue, VirtioDevice, VirtioInterrupt};
 const DRIVER_BITS: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
+/// Whether a driver can have set these bits: no others, and no step before the one that it needs.
+pub(super) fn may_be_status(driver_bits: u32) -> bool {
+    let in_order = [
+        (status::DRIVER, status::ACKNOWLEDGE),
+        (status::FEATURES_OK, status::DRIVER),
+        (status::DRIVER_OK, status::FEATURES_OK),
+    ]
+    .iter()
+    .all(|(step, before)| driver_bits & step == 0 || driver_bits & before != 0);
+    driver_bits & !DRIVER_BITS == 0 && in_order
+}
+
 /// What is behind the lock of a device.
 pub(super) struct Core<D> {
     pub(super) device: D,
@@ -71,14 +83,7 @@ impl<D: VirtioDevice> Core<D> {
         // The driver writes back what it read, the device's own bit included.
         let new = value & !status::DEVICE_NEEDS_RESET;
         let old = self.status & DRIVER_BITS;
-        let in_order = [
-            (status::DRIVER, status::ACKNOWLEDGE),
-            (status::FEATURES_OK, status::DRIVER),
-            (status::DRIVER_OK, status::FEATURES_OK),
-        ]
-        .iter()
-        .all(|(step, before)| new & step == 0 || new & before != 0);
-        if new & !DRIVER_BITS != 0 || old & !new != 0 || !in_order {
+        if !may_be_status(new) || old & !new != 0 {
             return StatusWrite::Refused;
         }
         let added = new & !old;

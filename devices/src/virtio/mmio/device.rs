@@ -1,6 +1,6 @@
 //! The registers.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use vm_memory::GuestMemory;
 
@@ -71,12 +71,22 @@ pub(super) struct Shared<D, M> {
     pub(super) notifier: Arc<dyn QueueNotifier>,
     pub(super) metrics: MmioMetrics,
     pub(super) queue_count: usize,
+    pub(super) migration_blocker: Option<String>,
 }
 
 impl<D, M> Shared<D, M> {
     pub(super) fn lock(&self) -> MutexGuard<'_, Core<D>> {
         // What a panic left is plain values, each checked where it is used.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same without waiting.
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Core<D>>> {
+        match self.core.try_lock() {
+            Ok(core) => Some(core),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 
@@ -102,6 +112,7 @@ impl<D: VirtioDevice, M: GuestMemory + Send + Sync + 'static> MmioTransport<D, M
         let core = Core::new(device);
         let shared = Shared {
             queue_count: core.queues.len(),
+            migration_blocker: core.device.migration_blocker(),
             core: Mutex::new(core),
             gate: Gate::default(),
             interrupt: VirtioInterrupt::new(line),

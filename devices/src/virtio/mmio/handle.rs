@@ -101,32 +101,33 @@ impl<D: VirtioDevice, M: GuestMemory + Send + Sync + 'static> Handle<D, M> {
 
     fn serve_queue(&self, index: usize) {
         let metrics = &self.shared.metrics;
-        let mut first = true;
-        loop {
-            // The lock is given up in between, for a reset or a look at the configuration.
-            let progress = self.with_queues(|device, context| {
-                if !context.is_ready(index) {
-                    return Ok(None);
-                }
-                if std::mem::take(&mut first) {
-                    metrics.notifications.increment();
-                }
-                device.process_queue(index, context).map(Some)
-            });
-            if progress != Some(Some(Progress::More)) {
-                break;
+        let mut looked = false;
+        let progress = self.with_queues(|device, context| {
+            if !context.is_ready(index) {
+                return Ok(Progress::Idle);
             }
+            looked = true;
+            metrics.notifications.increment();
+            device.process_queue(index, context)
+        });
+        if progress == Some(Progress::More) {
+            // Later: other queues, the backend and who waits for the lock have their turn first,
+            // however fast the driver is.
+            self.shared.notifier.notify(index);
         }
-        if first && !self.shared.gate.is_closing() {
+        if !looked && !self.shared.gate.is_closing() {
             metrics.early_notifications.increment();
         }
     }
 
-    /// Has every queue looked at that is ready.
+    /// Has every queue looked at that is ready. It does not wait for the lock: who holds it may be
+    /// stuck in a request. Then every queue is looked at, which is too much but harmless.
     fn kick(&self) {
-        let core = self.shared.lock();
-        for index in (0..core.queues.len()).filter(|index| core.queues[*index].is_ready()) {
-            self.shared.notifier.notify(index);
+        let core = self.shared.try_lock();
+        for index in 0..self.shared.queue_count {
+            if core.as_ref().is_none_or(|core| core.queues[index].is_ready()) {
+                self.shared.notifier.notify(index);
+            }
         }
     }
 }
@@ -142,6 +143,10 @@ pub trait VirtioControl: Send + Sync {
     /// The driver notified of queue `index`: serves it until it is empty.
     fn process_queue(&self, index: usize);
 
+    /// Lets no new request begin, and waits for none: where several devices are to be quiesced, all
+    /// of them can finish at the same time. [`VirtioControl::quiesce`] follows.
+    fn begin_quiesce(&self);
+
     /// Lets no new request begin and waits for the one under way, until `deadline`.
     ///
     /// # Errors
@@ -150,7 +155,7 @@ pub trait VirtioControl: Send + Sync {
     fn quiesce(&self, deadline: Instant) -> Result<(), QuiesceError>;
 
     /// Ends [`VirtioControl::quiesce`]; every queue is looked at again, since notifications of
-    /// meanwhile were ignored. Also after a restore: a notification on its way when the state was
+    /// meanwhile were ignored. It never waits, not even for a request that is stuck. Also after a restore: a notification on its way when the state was
     /// taken is in nobody's state.
     fn resume(&self);
 
@@ -158,7 +163,7 @@ pub trait VirtioControl: Send + Sync {
     /// pending. The driver then looks at all queues of the device.
     fn raise_pending(&self);
 
-    /// Why the device cannot be migrated, where it cannot.
+    /// Why the device cannot be migrated, where it cannot. Answers also while a request is stuck.
     fn migration_blocker(&self) -> Option<String>;
 
     /// State of the device itself; that of its registers and queues is the transport's.
@@ -193,16 +198,16 @@ where
         self.serve_queue(index);
     }
 
+    fn begin_quiesce(&self) {
+        self.shared.gate.begin_close();
+    }
+
     fn quiesce(&self, deadline: Instant) -> Result<(), QuiesceError> {
         let start = Instant::now();
         if self.shared.gate.close(deadline) {
             return Ok(());
         }
-        self.shared.gate.open();
-        // Not `resume`: it takes the lock that the stuck request holds. The notifier does not.
-        for index in 0..self.shared.queue_count {
-            self.shared.notifier.notify(index);
-        }
+        self.resume();
         Err(QuiesceError { device: D::NAME, waited: start.elapsed() })
     }
 
@@ -222,7 +227,7 @@ where
     }
 
     fn migration_blocker(&self) -> Option<String> {
-        self.shared.lock().device.migration_blocker()
+        self.shared.migration_blocker.clone()
     }
 
     fn save_device(&self, instance: u32) -> Result<Payload, PersistError> {

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemory;
 
+use super::core::may_be_status;
 use super::MmioTransport;
 use crate::virtio::ids::{features, interrupt_status, status};
 use crate::virtio::queue::ClaimedRings;
@@ -149,9 +150,12 @@ impl<D: VirtioDevice, M: GuestMemory + Send + Sync + 'static> Persist for MmioTr
                 state.driver_features
             )));
         }
-        if state.status & status::DRIVER_OK != 0 && !settled {
-            let reason = format!("status {:#x} has DRIVER_OK without FEATURES_OK", state.status);
+        if !may_be_status(state.status & !status::DEVICE_NEEDS_RESET) {
+            let reason = format!("no driver sets status {:#x}", state.status);
             return Err(invalid(reason));
+        }
+        if !settled && state.queues.iter().any(|queue| queue.indices.is_some()) {
+            return Err(invalid("a queue is ready before features are settled".into()));
         }
         if state.interrupt_status
             & !(interrupt_status::USED_BUFFER | interrupt_status::CONFIG_CHANGE)

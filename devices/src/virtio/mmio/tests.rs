@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use vm_memory::GuestMemory;
+
 use super::register as reg;
 use super::*;
 use crate::virtio::ids::{features, interrupt_status, status};
 use crate::virtio::test_utils::*;
-use crate::virtio::VirtioDevice;
-use crate::{BusDevice, Persist};
+use crate::virtio::{Context, DeviceError, Progress, VirtioDevice};
+use crate::{BusDevice, Persist, PersistError};
 
 fn live() -> Driver<Probe> {
     Driver::live(Probe::default(), 0)
@@ -267,6 +269,83 @@ fn a_stuck_request_is_reported_and_the_device_goes_on() {
 }
 
 #[test]
+fn a_stuck_request_holds_up_neither_who_resumes_nor_who_asks() {
+    let mut driver = live();
+    let (entered, wait_entered) = mpsc::channel();
+    let (release, wait_release) = mpsc::channel();
+    driver.handle.with_device(|probe| probe.block_on = Some((entered, wait_release)));
+    driver.add(0, &REQUEST);
+    let worker = driver.handle.clone();
+    let worker = std::thread::spawn(move || worker.process_queue(0));
+    wait_entered.recv().unwrap();
+
+    let (done, wait_done) = mpsc::channel();
+    let machine = driver.handle.clone();
+    std::thread::spawn(move || {
+        // As the machine does it when one of its devices does not come to rest.
+        machine.begin_quiesce();
+        let stuck = machine.quiesce(Instant::now()).is_err();
+        machine.resume();
+        done.send((stuck, machine.migration_blocker())).unwrap();
+    });
+    let answer = wait_done.recv_timeout(Duration::from_secs(30));
+    release.send(()).unwrap();
+    worker.join().unwrap();
+    assert_eq!(answer, Ok((true, None)));
+    assert_ne!(driver.kicks.take(0), 0, "what was not looked at meanwhile is");
+    assert_eq!(driver.used(0).len(), 1);
+}
+
+/// Whatever it does, it has not done enough.
+struct Endless;
+
+impl VirtioDevice for Endless {
+    const DEVICE_ID: u32 = 43;
+    const NAME: &'static str = "endless";
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn process_queue<M: GuestMemory>(
+        &mut self,
+        _: usize,
+        _: &mut Context<'_, M>,
+    ) -> Result<Progress, DeviceError> {
+        Ok(Progress::More)
+    }
+}
+
+impl Persist for Endless {
+    const KIND: &'static str = "endless";
+    const VERSION: u16 = 1;
+    type State = ();
+    type Error = PersistError;
+
+    fn save(&self) -> Result<(), PersistError> {
+        Ok(())
+    }
+    fn restore(&mut self, (): &()) -> Result<(), PersistError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_driver_that_never_stops_asking_does_not_keep_the_others_waiting() {
+    let mut driver = Driver::live(Endless, 0);
+    driver.run(0);
+    assert_eq!(driver.kicks.take(0), 1, "the rest has its turn after the others'");
+    driver.handle.quiesce(Instant::now()).unwrap();
+    driver.run(0);
+    assert_eq!(driver.kicks.take(0), 0);
+}
+
+#[test]
 fn a_moved_device_goes_on_where_it_was() {
     let mut here = live();
     here.put(DATA, b"abcd");
@@ -409,7 +488,11 @@ fn a_state_that_cannot_be_is_refused() {
     refused(&|s| s.queues.truncate(1), "1 queues were saved, 2 are here");
     refused(&|s| s.driver_features |= 1 << 9, "0x200 are not offered");
     refused(&|s| s.driver_features &= !features::VERSION_1, "not offered");
-    refused(&|s| s.status &= !status::FEATURES_OK, "DRIVER_OK without FEATURES_OK");
+    refused(&|s| s.status &= !status::FEATURES_OK, "no driver sets status 0x7");
+    refused(&|s| s.status &= !status::ACKNOWLEDGE, "no driver sets status 0xe");
+    refused(&|s| s.status |= 1 << 31, "no driver sets status 0x8000000f");
+    refused(&|s| s.status = 3, "a queue is ready before features are settled");
+    refused(&|s| s.status = 0, "a queue is ready before features are settled");
     refused(&|s| s.interrupt_status = 4, "unknown bits");
     refused(&|s| s.queues[0].size = 3, "queue 0: queue size 3");
     refused(&|s| s.queues[0].size = 32, "queue 0: queue size 32");

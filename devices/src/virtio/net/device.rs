@@ -9,6 +9,7 @@ use vm_memory::GuestMemory;
 
 use super::{NetBackend, NetMetrics, Offloads};
 use crate::virtio::ids::device_id;
+use crate::virtio::volatile_io::MAX_BUFFERS;
 use crate::virtio::{Chain, Context, DeviceError, Progress, VirtioDevice};
 
 /// Entries of each queue.
@@ -218,6 +219,12 @@ impl<B: NetBackend> Net<B> {
         let room = first.writable.len();
         if room < HEADER || !first.readable.is_empty() {
             return Err(broken(format!("a buffer for frames with room for {room} bytes")));
+        }
+        // Together with the overflow it has to fit into one call: a frame that could not be read
+        // would stay, and be tried again for ever.
+        let pieces = first.writable.slices().len();
+        if pieces >= MAX_BUFFERS {
+            return Err(broken(format!("a buffer for frames in {pieces} pieces")));
         }
         let len = match self.backend.read_frame(&first.writable, &mut self.overflow) {
             Ok(len) => len,

@@ -62,6 +62,30 @@ fn frames_go_out() {
 }
 
 #[test]
+fn a_buffer_in_more_pieces_than_one_call_takes_breaks_the_card() {
+    let (near, far) = UnixDatagram::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    let backend = FdBackend::new(OwnedFd::from(near), Some(|_: &OwnedFd, _| Ok(())));
+    let config = NetConfig { mac: MacAddress(MAC), mtu: None };
+    let mut driver = Driver::live(Net::new(backend, config), 0);
+    let give = |driver: &mut Driver<Net<FdBackend<_>>>, pieces: u16| {
+        let table = DATA + 0x2000;
+        for n in 0..pieces {
+            let flags = if n + 1 == pieces { WRITE } else { WRITE | NEXT };
+            driver.descriptor(table, n, (DATA + 8 * u64::from(n), 8, flags), n + 1);
+        }
+        far.send(&[1; 72]).unwrap();
+        driver.add(RECEIVE, &[(table, 16 * u32::from(pieces), INDIRECT)]);
+        driver.run(RECEIVE);
+    };
+    give(&mut driver, 1023);
+    assert_eq!(driver.used(RECEIVE).len(), 1);
+    // The frame cannot be read with it, and would be tried again for ever.
+    give(&mut driver, 1024);
+    assert!(driver.needs_reset());
+}
+
+#[test]
 fn frames_come_in_and_are_marked() {
     let mut driver = driver();
     let head = driver.add(RECEIVE, &[(DATA, 12, WRITE), (SEAM - 4, 2000, WRITE)]);
