@@ -438,6 +438,19 @@ impl Load {
         self.generations[block as usize] = UNKNOWN;
     }
 
+    /// Expects a later write than there was, for tests of what notices; false where nothing was
+    /// written.
+    pub fn spoil(&mut self, block: u64) -> bool {
+        let busy = self.in_use(block);
+        match self.generations.get_mut(block as usize) {
+            Some(generation) if !busy && !matches!(*generation, UNKNOWN | ZEROED) => {
+                *generation += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Everything in flight is gone: the device was reset.
     pub fn abandon(&mut self) {
         for slot in 0..MAX_DEPTH {

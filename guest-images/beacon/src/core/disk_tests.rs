@@ -112,6 +112,7 @@ fn a_write_that_fails_makes_the_block_unknown() {
         load.finish(0, good);
     }
     assert_eq!(load.pick(), Some(Job::Read { block: 0 }));
+    assert!(load.spoil(0) && !load.spoil(1));
     load.distrust(0);
     assert!(matches!(load.pick(), Some(Job::Write { block: 0, .. })));
     load.start(0, Job::Write { block: 0, generation: 9 });

@@ -179,6 +179,16 @@ impl Block {
         }
     }
 
+    /// Has the disk's interrupts get lost, for tests of what notices.
+    pub fn deafen(&self) {
+        self.signal.deafen();
+    }
+
+    /// The console command `spoil`: expects a later write than there was, as if that were lost.
+    pub fn spoil(&mut self, block: u64) -> bool {
+        self.load.spoil(block)
+    }
+
     /// One turn's share. True if the vCPU has more to do than to wait.
     pub fn turn(&mut self, now: u64, elapsed: u64) -> bool {
         if !self.running {

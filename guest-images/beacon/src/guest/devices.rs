@@ -5,6 +5,8 @@ use beacon_core::json::Line;
 use beacon_core::memory::FreeRam;
 use beacon_core::time::TscScale;
 
+use crate::attack::Attack;
+use crate::balloon::Balloon;
 use crate::block::Block;
 use crate::net::Net;
 use crate::rng::Rng;
@@ -16,11 +18,13 @@ pub struct Devices {
     block: Option<&'static mut Block>,
     net: Option<&'static mut Net>,
     rng: Option<&'static mut Rng>,
+    balloon: Option<&'static mut Balloon>,
+    attack: Option<&'static mut Attack>,
     problems: [Option<Problem>; MAX_PROBLEMS],
     last: Option<u64>,
 }
 
-const MAX_PROBLEMS: usize = 4;
+const MAX_PROBLEMS: usize = 5;
 
 /// A device that was asked for and does not work.
 #[derive(Clone, Copy)]
@@ -32,8 +36,15 @@ struct Problem {
 impl Devices {
     /// Finds and starts the devices. `boot` is a number that no other boot has.
     pub fn new(options: &DeviceOptions, scale: TscScale, ram: &mut FreeRam, boot: u32) -> Self {
-        let mut devices =
-            Self { block: None, net: None, rng: None, problems: [None; MAX_PROBLEMS], last: None };
+        let mut devices = Self {
+            block: None,
+            net: None,
+            rng: None,
+            balloon: None,
+            attack: None,
+            problems: [None; MAX_PROBLEMS],
+            last: None,
+        };
         let found = options
             .windows()
             .iter()
@@ -46,6 +57,10 @@ impl Devices {
                     let block = Block::new(device, options, scale, ram, boot);
                     devices.block = devices.keep("disk", ram, block);
                 }
+                virtio::BLOCK if options.attack.is_some() && devices.attack.is_none() => {
+                    let attack = Attack::new(device, options, scale, ram);
+                    devices.attack = devices.keep("attack", ram, attack);
+                }
                 virtio::NET if options.net.ip.is_some() && devices.net.is_none() => {
                     let net = Net::new(device, options, scale, ram);
                     devices.net = devices.keep("net", ram, net);
@@ -54,6 +69,10 @@ impl Devices {
                     let rng = Rng::new(device, options, scale, ram);
                     devices.rng = devices.keep("rng", ram, rng);
                 }
+                virtio::BALLOON if options.balloon && devices.balloon.is_none() => {
+                    let balloon = Balloon::new(device, options, scale, ram);
+                    devices.balloon = devices.keep("balloon", ram, balloon);
+                }
                 _ => (),
             }
         }
@@ -61,6 +80,8 @@ impl Devices {
             ("disk", options.disk.mode != DiskMode::Off, devices.block.is_some()),
             ("net", options.net.ip.is_some(), devices.net.is_some()),
             ("rng", options.rng, devices.rng.is_some()),
+            ("balloon", options.balloon, devices.balloon.is_some()),
+            ("attack", options.attack.is_some(), devices.attack.is_some()),
         ] {
             let known = devices.problems.iter().flatten().any(|problem| problem.device == device);
             if wanted && !there && !known {
@@ -93,6 +114,12 @@ impl Devices {
         }
         if let Some(rng) = &self.rng {
             rng.announce();
+        }
+        if let Some(balloon) = &self.balloon {
+            balloon.announce();
+        }
+        if let Some(attack) = &self.attack {
+            attack.announce();
         }
         for problem in self.problems.iter().flatten() {
             let mut line = Line::event("error");
@@ -127,6 +154,18 @@ impl Devices {
         }
     }
 
+    /// The console command `spoil`; false if there is no such block.
+    pub fn spoil(&mut self, block: u64) -> bool {
+        self.block.as_mut().is_some_and(|disk| disk.spoil(block))
+    }
+
+    /// The console command `deafen`.
+    pub fn deafen(&self) {
+        if let Some(block) = &self.block {
+            block.deafen();
+        }
+    }
+
     /// One turn's share of all devices. True if the vCPU has more to do than to wait.
     pub fn turn(&mut self, now: u64) -> bool {
         let elapsed = now.saturating_sub(self.last.replace(now).unwrap_or(now));
@@ -135,6 +174,12 @@ impl Devices {
         }
         if let Some(rng) = &mut self.rng {
             rng.turn(now, elapsed);
+        }
+        if let Some(balloon) = &mut self.balloon {
+            balloon.turn(now, elapsed);
+        }
+        if let Some(attack) = &mut self.attack {
+            attack.turn(elapsed);
         }
         self.block.as_mut().is_some_and(|block| block.turn(now, elapsed))
     }
@@ -149,6 +194,12 @@ impl Devices {
         }
         if let Some(rng) = &self.rng {
             rng.report(line);
+        }
+        if let Some(balloon) = &self.balloon {
+            balloon.report(line);
+        }
+        if let Some(attack) = &self.attack {
+            attack.report(line);
         }
     }
 }

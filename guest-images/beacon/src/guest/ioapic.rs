@@ -15,11 +15,22 @@ const REDIRECTION: u32 = 0x10;
 
 /// Sends an edge-triggered, active-high interrupt to this vCPU.
 pub fn route(irq: u32, vector: u32) {
-    let (base, input) = if irq < INPUTS { (FIRST, irq) } else { (SECOND, irq - INPUTS) };
-    let entry = REDIRECTION + 2 * input;
+    let (base, entry) = entry(irq);
     write(base, entry + 1, apic::id() << 24);
     // Fixed delivery, physical destination, not masked.
     write(base, entry, vector);
+}
+
+/// Lets an interrupt go nowhere, for tests of what notices.
+pub fn mask(irq: u32) {
+    const MASKED: u32 = 1 << 16;
+    let (base, entry) = entry(irq);
+    write(base, entry, MASKED);
+}
+
+fn entry(irq: u32) -> (u64, u32) {
+    let (base, input) = if irq < INPUTS { (FIRST, irq) } else { (SECOND, irq - INPUTS) };
+    (base, REDIRECTION + 2 * input)
 }
 
 fn write(base: u64, register: u32, value: u32) {

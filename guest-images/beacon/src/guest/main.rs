@@ -8,6 +8,8 @@
 #![allow(unsafe_code)]
 
 mod apic;
+mod attack;
+mod balloon;
 mod block;
 mod clock;
 mod console;

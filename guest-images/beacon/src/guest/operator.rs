@@ -206,8 +206,14 @@ impl Operator {
                 }
                 None => report::error("dirty needs pages per second or max", command),
             },
-            b"disk" => {
-                self.devices.disk_command(argument);
+            b"disk" => self.devices.disk_command(argument),
+            b"spoil" => match parse_number(argument) {
+                Some(block) if self.devices.spoil(block) => report::plain("spoil", now),
+                _ => report::error("spoil needs a block that the disk load has written", command),
+            },
+            b"deafen" => {
+                self.devices.deafen();
+                report::plain("deafen", now);
             }
             b"echo" => report::echo(argument),
             b"poke" => self.poke(argument, command),

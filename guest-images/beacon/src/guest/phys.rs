@@ -89,6 +89,14 @@ pub fn write8(address: u64, value: u8) {
     unsafe { (address as *mut u8).write_volatile(value) }
 }
 
+/// Writes 16 bits to a device at any address, aligned or not.
+pub fn write16_anywhere(address: u64, value: u16) {
+    // SAFETY: as for `read32`; one store instruction, since the compiler must not split it.
+    unsafe {
+        core::arch::asm!("mov word ptr [{}], {:x}", in(reg) address, in(reg) value, options(nostack));
+    }
+}
+
 /// Copies code to low memory, which is not used for anything else after boot.
 pub fn copy_to(address: u64, bytes: &[u8]) {
     for (index, &byte) in bytes.iter().enumerate() {

@@ -170,14 +170,16 @@ impl Device {
     }
 
     /// Tells the device of a queue.
-    pub fn register(&self, index: u32, layout: &Layout) {
+    fn register(&self, index: u32, layout: &Layout) {
+        self.set_queue(index, layout.size, [layout.descriptors, layout.available, layout.used]);
+    }
+
+    /// The same for descriptors, available and used ring anywhere.
+    pub fn set_queue(&self, index: u32, size: u16, parts: [u64; 3]) {
         self.write(QUEUE_SELECT, index);
-        self.write(QUEUE_SIZE, u32::from(layout.size));
-        for (register, address) in [
-            (QUEUE_DESCRIPTORS, layout.descriptors),
-            (QUEUE_DRIVER, layout.available),
-            (QUEUE_DEVICE, layout.used),
-        ] {
+        self.write(QUEUE_SIZE, u32::from(size));
+        let registers = [QUEUE_DESCRIPTORS, QUEUE_DRIVER, QUEUE_DEVICE];
+        for (register, address) in registers.into_iter().zip(parts) {
             self.write(register, address as u32);
             self.write(register + 4, (address >> 32) as u32);
         }
@@ -319,6 +321,11 @@ impl Signal {
         queues.iter().for_each(|queue| queue.arm(&Memory));
         self.draining = queues.iter().any(|queue| queue.has_used(&Memory));
         (self.silent, self.silent_turns) = (0, 0);
+    }
+
+    /// Has the device's interrupts get lost, for tests of what notices.
+    pub fn deafen(&self) {
+        ioapic::mask(self.device.window.irq);
     }
 
     /// Whether the configuration changed since the last call.
