@@ -10,6 +10,9 @@
 //! - [`volatile_io`]: guest memory to and from sockets, without a copy.
 
 pub mod address;
+pub mod handover;
+pub mod identity;
+pub mod journal;
 pub mod layout;
 pub mod page_set;
 #[cfg(any(test, feature = "test-utils"))]
