@@ -19,6 +19,8 @@ pub mod page_set;
 pub mod simulated;
 pub mod snapshot;
 pub mod stream;
+pub mod transport;
+mod verify;
 pub mod vm;
 pub mod volatile_io;
 
@@ -26,6 +28,6 @@ pub use address::{ClaimedRange, Gfn, Gpa, PageRange, RangeError, PAGE_BYTES, PAG
 pub use layout::{LayoutError, MemoryLayout};
 pub use page_set::PageSet;
 pub use vm::{
-    DestinationMemory, DirtySource, GuestMemory, PauseReason, Placed, Section, VmControl, VmError,
-    VmState,
+    DestinationHost, DestinationMemory, DestinationVm, DirtySource, FirstTouch, GuestMemory, Mode,
+    Offer, PauseReason, Placed, Section, SourceVm, VmControl, VmError, VmState,
 };
