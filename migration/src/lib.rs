@@ -10,14 +10,18 @@
 //! - [`volatile_io`]: guest memory to and from sockets, without a copy.
 
 pub mod address;
+mod clock;
 pub mod handover;
 pub mod identity;
 pub mod journal;
 pub mod layout;
+mod link;
 pub mod page_set;
+pub mod report;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod simulated;
 pub mod snapshot;
+pub mod source;
 pub mod stream;
 pub mod transport;
 mod verify;

@@ -73,6 +73,39 @@ pub enum Verdict {
     Unresolved,
 }
 
+impl Verdict {
+    const ALL: [Verdict; 6] = [
+        Verdict::Unknown,
+        Verdict::Undecided,
+        Verdict::RunningHere,
+        Verdict::NotHere,
+        Verdict::HandedOver,
+        Verdict::Unresolved,
+    ];
+
+    /// Its number on the wire.
+    pub(crate) fn number(self) -> u16 {
+        self as u16 + 1
+    }
+
+    pub(crate) fn from_number(number: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|verdict| verdict.number() == number)
+    }
+}
+
+impl Cause {
+    /// The reason that ABORT gives.
+    pub(crate) fn abort_reason(self) -> u16 {
+        match self {
+            Cause::Cancelled | Cause::NotConverging => 1,
+            Cause::Refused | Cause::Lost | Cause::PeerAborted | Cause::Failed => 2,
+            Cause::Protocol => 3,
+            Cause::GuestEnded => 4,
+            Cause::Deadline => 5,
+        }
+    }
+}
+
 /// Which end owns the VM, as an operator decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
