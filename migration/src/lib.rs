@@ -10,12 +10,21 @@
 //! - [`volatile_io`]: guest memory to and from sockets, without a copy.
 
 pub mod address;
+mod clock;
+pub mod handover;
+pub mod identity;
+pub mod journal;
 pub mod layout;
+mod link;
 pub mod page_set;
+pub mod report;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod simulated;
 pub mod snapshot;
+pub mod source;
 pub mod stream;
+pub mod transport;
+mod verify;
 pub mod vm;
 pub mod volatile_io;
 
@@ -23,6 +32,6 @@ pub use address::{ClaimedRange, Gfn, Gpa, PageRange, RangeError, PAGE_BYTES, PAG
 pub use layout::{LayoutError, MemoryLayout};
 pub use page_set::PageSet;
 pub use vm::{
-    DestinationMemory, DirtySource, GuestMemory, PauseReason, Placed, Section, VmControl, VmError,
-    VmState,
+    DestinationHost, DestinationMemory, DestinationVm, DirtySource, FirstTouch, GuestMemory, Mode,
+    Offer, PauseReason, Placed, Section, SourceVm, VmControl, VmError, VmState,
 };
