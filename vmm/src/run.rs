@@ -266,6 +266,7 @@ impl From<MachineError> for ControlError {
         match error {
             MachineError::Ended(_)
             | MachineError::Busy
+            | MachineError::Held
             | MachineError::Blocked(_)
             | MachineError::NoDevice(_) => Self::Conflict(error.to_string()),
             MachineError::Size(message) => Self::BadRequest(message),

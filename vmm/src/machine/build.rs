@@ -120,6 +120,8 @@ impl MachineBuilder<'_> {
             input_wanted: OnceLock::new(),
             status: AtomicU8::new(0),
             ending: AtomicBool::new(false),
+            held: AtomicBool::new(false),
+            operator_paused: AtomicBool::new(false),
             events: self.events,
             pauses: AtomicU64::new(0),
             reboots: AtomicU64::new(0),

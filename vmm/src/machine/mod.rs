@@ -4,6 +4,7 @@
 //! they take; `info` and `stats` take none of the locks that those hold.
 
 mod build;
+mod hold;
 mod lines;
 mod memory;
 mod sections;
@@ -94,6 +95,9 @@ pub enum MachineError {
     /// The guest is about to reset or to end.
     #[error("the guest is resetting or ending: try again")]
     Busy,
+    /// The engine holds the guest.
+    #[error("the VM is being handed over: try again")]
+    Held,
     /// The VM has ended.
     #[error("the VM has ended ({0:?})")]
     Ended(VmStatus),
@@ -138,6 +142,10 @@ pub struct Machine {
     status: AtomicU8,
     /// An operator wants the VM gone: long work stops early.
     ending: AtomicBool,
+    /// The migration engine holds the guest: it is paused, and may be somebody else's soon.
+    held: AtomicBool,
+    /// Whether an operator wants a held guest paused.
+    operator_paused: AtomicBool,
     events: EventLog,
     pauses: AtomicU64,
     reboots: AtomicU64,
@@ -272,6 +280,9 @@ impl Machine {
     /// Stops the guest. Pausing a paused VM is no error.
     pub fn pause(&self) -> Result<(), MachineError> {
         let _life = lock(&self.life);
+        if self.wish(true) {
+            return Ok(());
+        }
         self.pause_held(Instant::now() + STOP_LIMIT)
     }
 
@@ -292,6 +303,9 @@ impl Machine {
     /// Lets the guest go on. Resuming a running VM is no error.
     pub fn resume(&self) -> Result<(), MachineError> {
         let _life = lock(&self.life);
+        if self.wish(false) {
+            return Ok(());
+        }
         self.resume_held()
     }
 
@@ -317,6 +331,7 @@ impl Machine {
     pub fn reset(&self) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         let running = self.status() == VmStatus::Running;
         self.park(Instant::now() + STOP_LIMIT)?;
         self.context.requested.store(false, Ordering::SeqCst);
@@ -346,6 +361,7 @@ impl Machine {
     ) -> Result<(migration::snapshot::SaveSummary, Duration), MachineError> {
         let mut life = Some(lock(&self.life));
         self.check_alive()?;
+        self.check_not_held()?;
         if let Some(why) = self.virtio.migration_blocker() {
             return Err(MachineError::Blocked(why));
         }
@@ -390,6 +406,7 @@ impl Machine {
     pub fn press_power_button(&self) -> Result<bool, MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         let heard = lock(&self.devices.power).press_power_button();
         self.events.push("power-button", json!({ "guest_listens": heard }));
         Ok(heard)
@@ -405,6 +422,7 @@ impl Machine {
     pub fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         let most = self.ram.size();
         if bytes > most || bytes % PAGE_SIZE != 0 {
             let message = format!(
@@ -425,6 +443,7 @@ impl Machine {
     pub fn set_link(&self, id: &str, up: bool) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         if !self.virtio.set_link(id, up) {
             let known: Vec<_> = self.config.nets.iter().map(|net| net.id.as_str()).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
@@ -439,6 +458,7 @@ impl Machine {
     pub fn resize_console(&self, columns: u16, rows: u16) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         if !self.virtio.resize_console(columns, rows) {
             let message = "the VM has no virtio console: run it with --virtio-console".to_owned();
             return Err(MachineError::NoDevice(message));
