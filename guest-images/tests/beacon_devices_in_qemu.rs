@@ -177,8 +177,9 @@ fn an_error_of_a_disk_is_named() {
         "inject-error":[{"event":"read_aio","iotype":"read","errno":5,"sector":88,"once":true}]}}"#;
     let arguments =
         ["-blockdev", blockdev, "-device", "virtio-blk-device,drive=disk,serial=beacon-disk"];
+    // One at a time: QEMU merges neighbours, and all of them fail.
     let options =
-        "report=0 disk=verify disk-ws=1 disk-op=read disk-order=sequential disk-rate=5000";
+        "report=0 disk=verify disk-ws=1 disk-op=read disk-order=sequential disk-rate=5000 disk-depth=1";
     let mut guest = start(&folder, options, &arguments);
     let error = guest.wait_for("disk-error");
     assert_eq!((&error["kind"], &error["op"]), (&"status".into(), &"read".into()));
