@@ -335,6 +335,11 @@ pub trait DestinationHost: Send + Sync {
         offer: &Offer,
         blobs: Vec<Blob>,
     ) -> Result<Arc<dyn DestinationVm>, Vec<String>>;
+
+    /// The VM that was made for this migration will not run here: drop it.
+    fn discarded(&self, id: MigrationId) {
+        let _ = id;
+    }
 }
 
 /// How a VM is migrated.

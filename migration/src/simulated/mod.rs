@@ -4,7 +4,20 @@
 //! Guest stores are calls of [`SimulatedVm::guest_write`], device stores of
 //! [`SimulatedVm::device_write`]; both keep the populated map and the dirty log as the real ones
 //! would. Nothing runs by itself, so tests are deterministic.
+//!
+//! - [`SimulatedHost`]: makes simulated VMs for incoming migrations.
+//! - [`LocalNetwork`]: connections inside one process, which can be cut at any byte.
 
+mod host;
+mod network;
+#[cfg(test)]
+mod tests;
+
+pub use host::SimulatedHost;
+pub use network::{Cut, LocalNetwork};
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -14,9 +27,62 @@ use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES};
 use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::vm::{
-    DestinationMemory, DirtySource, GuestMemory, PauseReason, Placed, Section, VmControl, VmError,
-    VmState,
+    DestinationMemory, DestinationVm, DirtySource, GuestMemory, PauseReason, Placed, Section,
+    SourceVm, VmControl, VmError, VmState,
 };
+
+/// Watches that no two of some VMs ever run at once.
+#[derive(Debug, Default)]
+pub struct RunGuard {
+    running: AtomicUsize,
+    violated: AtomicBool,
+}
+
+impl RunGuard {
+    /// Whether two ran at once.
+    pub fn violated(&self) -> bool {
+        self.violated.load(Ordering::SeqCst)
+    }
+
+    fn change(&self, was: bool, is: bool) {
+        match (was, is) {
+            (false, true) => {
+                if self.running.fetch_add(1, Ordering::SeqCst) > 0 {
+                    self.violated.store(true, Ordering::SeqCst);
+                }
+            }
+            (true, false) => drop(self.running.fetch_sub(1, Ordering::SeqCst)),
+            _ => {}
+        }
+    }
+}
+
+/// What can be made to fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// [`DirtySource::start_tracking`].
+    StartTracking,
+    /// [`DirtySource::collect`].
+    Collect,
+    /// [`VmControl::pause`].
+    Pause,
+    /// [`VmState::save_sections`].
+    Save,
+    /// [`VmState::load_sections`].
+    Load,
+    /// [`SourceVm::flush_disks`].
+    Flush,
+    /// [`SourceVm::release_ownership`].
+    Release,
+    /// [`SourceVm::reclaim_ownership`].
+    Reclaim,
+    /// [`DestinationVm::check_ownership`].
+    CheckOwnership,
+    /// [`DestinationVm::take_ownership`].
+    TakeOwnership,
+    /// [`DestinationVm::start`].
+    Start,
+}
 
 /// The simulated VM. See the module's documentation.
 pub struct SimulatedVm {
@@ -34,6 +100,23 @@ struct Inner {
     device_dirty: PageSet,
     running: bool,
     sections: Vec<Section>,
+    guard: Option<Arc<RunGuard>>,
+    /// How often each still fails.
+    failures: HashMap<Operation, usize>,
+    paused_by_operator: bool,
+    /// Whether this VM owns its disks.
+    owns_disks: bool,
+    /// Written when the state is taken, as KVM writes its clocks.
+    clock_page: Option<Gfn>,
+}
+
+impl Inner {
+    fn set_running(&mut self, running: bool) {
+        if let Some(guard) = &self.guard {
+            guard.change(self.running, running);
+        }
+        self.running = running;
+    }
 }
 
 impl SimulatedVm {
@@ -56,6 +139,11 @@ impl SimulatedVm {
             device_dirty: PageSet::empty(&layout),
             running: true,
             sections: Vec::new(),
+            guard: None,
+            failures: HashMap::new(),
+            paused_by_operator: false,
+            owns_disks: true,
+            clock_page: None,
         };
         Ok(Self { layout, regions, inner: Mutex::new(inner) })
     }
@@ -85,6 +173,84 @@ impl SimulatedVm {
         inner.populated.insert(page)?;
         inner.device_dirty.insert(page)?;
         Ok(())
+    }
+
+    /// As [`SimulatedVm::guest_write`], by a guest that may have been stopped: `false` then, and
+    /// nothing was written.
+    ///
+    /// # Errors
+    /// As [`SimulatedVm::guest_write`].
+    pub fn guest_write_if_running(&self, gfn: Gfn, bytes: &[u8]) -> Result<bool, VmError> {
+        // Held throughout, so that a pause waits for it.
+        let mut inner = self.inner();
+        if !inner.running {
+            return Ok(false);
+        }
+        let page = self.store(gfn, bytes)?;
+        inner.populated.insert(page)?;
+        if let Some(log) = &mut inner.dirty_log {
+            log.insert(page)?;
+        }
+        Ok(true)
+    }
+
+    /// From now on `guard` watches that no two of its VMs run at once.
+    pub fn watch(&self, guard: &Arc<RunGuard>) {
+        let mut inner = self.inner();
+        guard.change(false, inner.running);
+        inner.guard = Some(Arc::clone(guard));
+    }
+
+    /// The process of the VM dies: it runs no more.
+    pub fn kill(&self) {
+        self.inner().set_running(false);
+    }
+
+    /// The next `times` calls of an operation fail.
+    pub fn fail(&self, operation: Operation, times: usize) {
+        self.inner().failures.insert(operation, times);
+    }
+
+    /// An operator pauses the guest, or lets it go on.
+    pub fn operator_pause(&self, paused: bool) {
+        let mut inner = self.inner();
+        inner.paused_by_operator = paused;
+        inner.set_running(!paused);
+    }
+
+    /// Taking the state will write to this page.
+    pub fn set_clock_page(&self, gfn: Gfn) {
+        self.inner().clock_page = Some(gfn);
+    }
+
+    /// Whether writes are tracked.
+    pub fn is_tracking(&self) -> bool {
+        self.inner().dirty_log.is_some()
+    }
+
+    /// Whether this VM owns its disks.
+    pub fn owns_disks(&self) -> bool {
+        self.inner().owns_disks
+    }
+
+    /// As a VM is made for an incoming migration: paused, without its disks.
+    pub(crate) fn incoming(self) -> Self {
+        {
+            let mut inner = self.inner();
+            inner.set_running(false);
+            inner.owns_disks = false;
+        }
+        self
+    }
+
+    fn try_operation(&self, operation: Operation) -> Result<(), VmError> {
+        match self.inner().failures.get_mut(&operation) {
+            Some(times) if *times > 0 => {
+                *times -= 1;
+                Err(VmError::Other(format!("{operation:?} was made to fail")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The contents of a page.
@@ -142,6 +308,7 @@ impl GuestMemory for SimulatedVm {
 
 impl DirtySource for SimulatedVm {
     fn start_tracking(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::StartTracking)?;
         let mut inner = self.inner();
         inner.dirty_log = Some(PageSet::full(&self.layout));
         inner.device_dirty.clear();
@@ -154,6 +321,7 @@ impl DirtySource for SimulatedVm {
     }
 
     fn collect(&self, dirty: &mut PageSet) -> Result<(), VmError> {
+        self.try_operation(Operation::Collect)?;
         let mut inner = self.inner();
         let Some(log) = &inner.dirty_log else {
             return Err(VmError::Other("dirty tracking is off: start it first".to_owned()));
@@ -174,24 +342,83 @@ impl DirtySource for SimulatedVm {
 
 impl VmControl for SimulatedVm {
     fn pause(&self, _reason: PauseReason, _deadline: Instant) -> Result<(), VmError> {
-        self.inner().running = false;
+        self.try_operation(Operation::Pause)?;
+        self.inner().set_running(false);
         Ok(())
     }
 
     fn resume(&self) -> Result<(), VmError> {
-        self.inner().running = true;
+        self.inner().set_running(true);
         Ok(())
+    }
+
+    fn paused_by_operator(&self) -> bool {
+        self.inner().paused_by_operator
     }
 }
 
 impl VmState for SimulatedVm {
     fn save_sections(&self) -> Result<Vec<Section>, VmError> {
-        Ok(self.inner().sections.clone())
+        self.try_operation(Operation::Save)?;
+        let (sections, clock_page) = {
+            let inner = self.inner();
+            (inner.sections.clone(), inner.clock_page)
+        };
+        if let Some(gfn) = clock_page {
+            let now = self.read_page(gfn)?[0].wrapping_add(1);
+            self.guest_write(gfn, &[now; 16])?;
+        }
+        Ok(sections)
     }
 
     fn load_sections(&self, sections: &[Section]) -> Result<(), VmError> {
+        self.try_operation(Operation::Load)?;
         self.set_sections(sections.to_vec());
         Ok(())
+    }
+}
+
+impl SourceVm for SimulatedVm {
+    fn flush_disks(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::Flush)
+    }
+
+    fn release_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::Release)?;
+        self.inner().owns_disks = false;
+        Ok(())
+    }
+
+    fn reclaim_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::Reclaim)?;
+        self.inner().owns_disks = true;
+        Ok(())
+    }
+}
+
+impl DestinationVm for SimulatedVm {
+    fn check_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::CheckOwnership)
+    }
+
+    fn take_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::TakeOwnership)?;
+        self.inner().owns_disks = true;
+        Ok(())
+    }
+
+    fn start(&self, run: bool) -> Result<(), VmError> {
+        self.try_operation(Operation::Start)?;
+        let mut inner = self.inner();
+        inner.paused_by_operator = !run;
+        inner.set_running(run);
+        Ok(())
+    }
+}
+
+impl Drop for SimulatedVm {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 
@@ -223,66 +450,5 @@ impl DestinationMemory for SimulatedVm {
         self.store(gfn, data)?;
         inner.populated.insert(page)?;
         Ok(Placed::Now)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    fn vm() -> SimulatedVm {
-        let regions = [(0, 200), (1 << 20, 70)];
-        let ranges = regions.map(|(start, pages)| PageRange::new(Gfn(start), pages).unwrap());
-        SimulatedVm::new(MemoryLayout::new(ranges).unwrap()).unwrap()
-    }
-
-    fn collect(vm: &SimulatedVm) -> Vec<u64> {
-        let mut dirty = PageSet::empty(vm.layout());
-        vm.collect(&mut dirty).unwrap();
-        dirty.runs().flat_map(|run| run.start().0..run.end().0).collect()
-    }
-
-    #[test]
-    fn a_page_stays_dirty_until_cleared_and_is_dirty_again_when_written() {
-        let vm = vm();
-        assert!(vm.collect(&mut PageSet::empty(vm.layout())).is_err(), "tracking is off");
-        vm.start_tracking().unwrap();
-        assert_eq!(collect(&vm).len(), 270, "initially all set");
-        for region in vm.layout().regions() {
-            vm.clear(region).unwrap();
-        }
-        assert_eq!(collect(&vm), [0u64; 0]);
-        vm.guest_write(Gfn(3), b"guest").unwrap();
-        vm.device_write(Gfn(1 << 20), b"device").unwrap();
-        assert_eq!(collect(&vm), [3, 1 << 20]);
-        assert_eq!(collect(&vm), [3], "the log keeps, the device bitmap is drained");
-        vm.clear(PageRange::new(Gfn(3), 1).unwrap()).unwrap();
-        assert_eq!(collect(&vm), [0u64; 0]);
-    }
-
-    #[test]
-    fn a_placed_page_is_never_overwritten() {
-        let vm = vm();
-        assert_eq!(vm.place_page(Gfn(5), &[1; PAGE_BYTES]).unwrap(), Placed::Now);
-        assert_eq!(vm.place_page(Gfn(5), &[2; PAGE_BYTES]).unwrap(), Placed::Already);
-        assert_eq!(vm.read_page(Gfn(5)).unwrap(), [1; PAGE_BYTES]);
-        vm.zero(PageRange::new(Gfn(4), 3).unwrap()).unwrap();
-        assert_eq!(vm.read_page(Gfn(5)).unwrap(), [0; PAGE_BYTES]);
-        assert!(vm.place_page(Gfn(200), &[1; PAGE_BYTES]).is_err());
-    }
-
-    #[test]
-    fn the_traits_are_object_safe() {
-        let vm = vm();
-        let memory: &dyn DestinationMemory = &vm;
-        let source: &dyn DirtySource = &vm;
-        let control: &dyn VmControl = &vm;
-        let state: &dyn VmState = &vm;
-        control.pause(PauseReason::Snapshot, Instant::now()).unwrap();
-        assert!(!vm.is_running());
-        source.start_tracking().unwrap();
-        assert_eq!(memory.layout().total_pages(), 270);
-        assert_eq!(state.save_sections().unwrap(), []);
     }
 }
