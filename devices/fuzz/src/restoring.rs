@@ -4,8 +4,8 @@ use arbitrary::{Result, Unstructured};
 use devices::virtio::VirtioControl;
 use devices::{Payload, Persist};
 
-use crate::subjects::{Ballast, Card, Disk, Echo, Entropy, Screen, Subject};
-use crate::world::{memory, World};
+use super::subjects::{Ballast, Card, Disk, Echo, Entropy, Screen, Subject};
+use super::world::{memory, World};
 
 /// Restores devices from payloads that nobody wrote, and runs what was accepted.
 pub fn restore(bytes: &[u8]) {

@@ -10,17 +10,17 @@ use devices::{BusDevice, InterruptLine, Payload, Persist};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::subjects::{Memory, Subject};
+use super::subjects::{Memory, Subject};
 
 const PAGE: usize = 4096;
 /// Two regions that touch, and one beyond a hole.
-const REGIONS: [(u64, usize); 3] = [(0, 0x1_0000), (0x1_0000, 0x1_0000), (0x3_0000, 0x1_0000)];
+const REGIONS: [(u64, usize); 3] = [(0, 0x8000), (0x8000, 0x8000), (0x1_8000, 0x8000)];
 /// End of guest memory.
-const END: u64 = 0x4_0000;
+const END: u64 = 0x2_0000;
 /// Where chains of the well-behaved kind have their data.
-const DATA: u64 = 0xE000;
+const DATA: u64 = 0x6000;
 /// Where indirect tables are.
-const TABLE: u64 = 0x3_8000;
+const TABLE: u64 = 0x1_C000;
 /// Steps of one run.
 const STEPS: usize = 64;
 /// A device that is asked to look again so often has no end.
@@ -200,8 +200,8 @@ impl<S: Subject> World<S> {
     }
 
     fn rings(index: usize) -> [u64; 3] {
-        let base = index as u64 * 0x3000 + 0x1000;
-        [base, base + 0x1000, base + 0x2000]
+        let base = index as u64 * 0x1000 + 0x1000;
+        [base, base + 0x400, base + 0x800]
     }
 
     fn place(&mut self, index: usize, size: u32, rings: [u64; 3]) {
@@ -222,7 +222,7 @@ impl<S: Subject> World<S> {
                 break;
             }
             let rings = Self::rings(index);
-            self.memory.write_slice(&[0; 0x2800], GuestAddress(rings[0])).unwrap();
+            self.memory.write_slice(&[0; 0x1000], GuestAddress(rings[0])).unwrap();
             self.place(index, size, rings);
             (self.available[index], self.next_descriptor[index]) = (0, 0);
         }
@@ -263,7 +263,7 @@ impl<S: Subject> World<S> {
                     0 => input.int_in_range(0..=40)?,
                     1 => 16,
                     2 => 1,
-                    3 => input.int_in_range(0..=0x1_0000)?,
+                    3 => input.int_in_range(0..=0x8000)?,
                     _ => 512 * input.int_in_range(0..=4)?,
                 };
                 let gpa = if input.ratio(7, 8)? {
@@ -281,7 +281,7 @@ impl<S: Subject> World<S> {
                         }
                         1 => {
                             let page =
-                                |input: &mut Unstructured<'_>| input.int_in_range(0..=0x42u32);
+                                |input: &mut Unstructured<'_>| input.int_in_range(0..=0x22u32);
                             let mut pages = Vec::new();
                             for _ in 0..4 {
                                 pages.extend(page(input)?.to_le_bytes());
@@ -413,11 +413,12 @@ impl<S: Subject> World<S> {
                 let bytes = input.bytes(8)?;
                 self.put(gpa, bytes);
             }
-            16 => self.watched(|world| {
-                world.move_away();
-                world.work();
-                Ok(())
-            })?,
+            16 => {
+                let before = self.before();
+                self.move_away();
+                self.work();
+                self.check_marks(&before);
+            }
             17 => {
                 let without = if input.arbitrary()? {
                     EVENT_IDX
@@ -476,9 +477,9 @@ impl<S: Subject> World<S> {
 /// Places that are likely to matter.
 fn address(input: &mut Unstructured<'_>) -> Result<u64> {
     Ok(match input.int_in_range(0..=5)? {
-        0 => 0x1_0000 - u64::from(input.arbitrary::<u8>()?),
+        0 => 0x8000 - u64::from(input.arbitrary::<u8>()?),
         1 => END - u64::from(input.arbitrary::<u8>()?),
-        2 => 0x2_0000 - u64::from(input.arbitrary::<u8>()?),
+        2 => 0x1_0000 - u64::from(input.arbitrary::<u8>()?),
         3 => input.arbitrary()?,
         4 => 16 * input.int_in_range(0..=END / 16)?,
         _ => input.int_in_range(0..=END)?,
