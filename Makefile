@@ -3,13 +3,14 @@
 CARGO ?= cargo
 BEACON = --manifest-path guest-images/beacon/Cargo.toml
 
-.PHONY: help demo test check unit smoke guest-images bench build clean
+.PHONY: help demo test check unit smoke guest-images bench fuzz build clean
 
 help:
 	@echo 'make demo   build, boot the built-in guest, save it, restore it in a new process, verified'
 	@echo 'make test   format, lints, unit tests, and the tests on /dev/kvm'
 	@echo 'make smoke  real Linux guests, on hardware virtualization or in an emulated machine (the lab)'
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
+	@echo 'make fuzz   the fuzz targets of the virtio devices, FUZZ_SECONDS (60) each; needs cargo-fuzz'
 	@echo 'make build  the release binary, target/release/minivmm'
 
 build:
@@ -43,6 +44,14 @@ guest-images:
 
 bench: build
 	$(CARGO) run --release --locked --quiet -p tests --bin bench
+
+# See devices/fuzz/README.md. The sanitizers are unstable options of a stable compiler.
+FUZZ_SECONDS ?= 60
+fuzz: export RUSTC_BOOTSTRAP = 1
+fuzz:
+	cd devices/fuzz && for target in $$($(CARGO) fuzz list); do \
+	    $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=2048 -len_control=0 || exit 1; \
+	done
 
 clean:
 	$(CARGO) clean

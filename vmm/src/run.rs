@@ -22,7 +22,7 @@ use crate::process;
 use crate::runtime_dir::{ClaimedName, Pidfile, RuntimeDir, RuntimeDirError};
 use crate::snapshot::{self, SaveError};
 use crate::vcpu::GuestRequest;
-use crate::virtio::{DiskOwnership, VirtioError};
+use crate::virtio::DiskOwnership;
 
 /// How long console output may take to flow out at the end.
 const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
@@ -94,7 +94,14 @@ impl From<RunError> for CliError {
             | RunError::Boot(_)
             | RunError::Config(_)
             | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => Exit::Usage,
-            RunError::Machine(MachineError::Virtio(VirtioError::DiskInUse { .. })) => Exit::Refused,
+            RunError::Machine(MachineError::Virtio(ref error)) if error.is_in_use() => {
+                Exit::Refused
+            }
+            RunError::Machine(MachineError::Virtio(ref error))
+                if error.is_about_what_was_asked() =>
+            {
+                Exit::Usage
+            }
             _ => Exit::Failed,
         };
         Self::new(exit, error)

@@ -11,7 +11,7 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{mpsc, Arc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::address::PageRange;
 use crate::destination::{Input, Stage};
@@ -31,6 +31,8 @@ use crate::transport::{Stream, Transport};
 use crate::verify::hash_ranges;
 use crate::vm::{Mode, Offer, Section};
 
+/// The longest pause that is believed: a cold migration of terabytes.
+const MAX_PAUSED: Duration = Duration::from_secs(24 * 3600);
 /// Longest time between two signs of life that a source may ask for.
 const MAX_DEAD: Duration = Duration::from_secs(60);
 
@@ -257,7 +259,11 @@ impl Order {
                         }
                         self.part = Part::Commit;
                         let sections = std::mem::take(&mut self.sections);
-                        Input::State { sections, hashes: self.hashes.take() }
+                        // A claim that no clock here can tell is none.
+                        let paused = Duration::from_micros(complete.paused_us);
+                        let now = Instant::now();
+                        let paused = now.checked_sub(paused.min(MAX_PAUSED)).unwrap_or(now);
+                        Input::State { sections, hashes: self.hashes.take(), paused }
                     }
                     _ => return Err(unexpected("STATE or COMPLETE")),
                 }

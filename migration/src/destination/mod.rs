@@ -20,7 +20,7 @@ use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{mpsc, Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -203,7 +203,7 @@ enum Input {
     Offer { offer: Box<Offer>, transport: Arc<dyn Transport>, stage: Arc<Stage> },
     Blobs(Vec<Blob>),
     Announced(Vec<PageRange>),
-    State { sections: Vec<Section>, hashes: Option<Vec<u64>> },
+    State { sections: Vec<Section>, hashes: Option<Vec<u64>>, paused: Instant },
     Commit { run: bool },
     Done,
     Aborted(String),

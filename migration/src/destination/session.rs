@@ -142,6 +142,8 @@ struct Session<'scope, 'env, 'door> {
     stop_populating: Arc<AtomicBool>,
     pages: PageCount,
     sections: Option<Vec<Section>>,
+    /// Since when the guest stands.
+    paused: Instant,
     hashes: Option<Vec<u64>>,
     all_received: Instant,
     committed: Instant,
@@ -188,6 +190,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             stop_populating: Arc::new(AtomicBool::new(false)),
             pages: Arc::new(AtomicU64::new(0)),
             sections: None,
+            paused: Instant::now(),
             hashes: None,
             all_received: now,
             committed: now,
@@ -462,7 +465,8 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                     self.stats.data_pages += stats.data_pages;
                     self.stats.zero_pages += stats.zero_pages;
                 }
-                Some(Input::State { sections, hashes }) => {
+                Some(Input::State { sections, hashes, paused }) => {
+                    self.paused = paused;
                     self.sections = Some(sections);
                     self.hashes = hashes;
                 }
@@ -485,7 +489,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                 return Err(Failure::new(Cause::Failed, reason));
             }
         }
-        vm.load_sections(&self.sections.take().unwrap_or_default())?;
+        vm.load_state(&self.sections.take().unwrap_or_default(), self.paused)?;
         Ok(vm.check_ownership()?)
     }
 

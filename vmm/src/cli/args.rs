@@ -33,7 +33,7 @@ Exit codes:
   2  wrong usage or configuration
   3  the guest crashed
   4  no VM of that name runs
-  5  refused in the present state (name taken, VM migrates, ...)
+  5  refused in the present state (name taken, disk or tap in use, VM migrates, ...)
   6  it did not happen in time
 
 Files:

@@ -99,8 +99,8 @@ impl VirtioSet {
             let slot = slots.len() as u32;
             Socket { vm: parts.vm, memory, line: (parts.line)(layout::virtio_gsi(slot)), slot }
         };
-        for disk in &config.disks {
-            let file = disk::open(disk, parts.disks)?;
+        for (index, disk) in config.disks.iter().enumerate() {
+            let file = disk::open(disk, &config.disks[..index], parts.disks)?;
             let cached = disk.cache == CacheMode::Writeback && !disk.readonly;
             let host_file = cached.then(|| file.file());
             let block = Block::new(file, &disk.id, disk.cache.into());
