@@ -160,7 +160,8 @@ fn request_sink(sender: RequestSender) -> (RequestSink, ContextCell) {
             context.gate.set(Target::Park);
             // Of several vCPUs that ask at once the first is heard; an operator always is.
             let second = context.requested.swap(true, Ordering::SeqCst);
-            if second && request != GuestRequest::Kill {
+            let of_guest = !matches!(request, GuestRequest::Kill | GuestRequest::HandedOver);
+            if second && of_guest {
                 return;
             }
         }

@@ -1,10 +1,11 @@
-//! The machine as the source of a migration: held by the engine, and given away.
+//! The machine at both ends of a migration: held by the engine and given away; made for a VM that
+//! comes, and started.
 
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::{SourceVm, VmError};
+use migration::{DestinationVm, Section, SourceVm, VmError};
 use serde_json::json;
 
 use super::{lock, Machine, MachineError};
@@ -109,5 +110,29 @@ impl SourceVm for Machine {
 
     fn reclaim_ownership(&self) -> Result<(), VmError> {
         self.virtio.take_disks().map_err(|error| VmError::Other(error.to_string()))
+    }
+}
+
+impl DestinationVm for Machine {
+    fn load_state(&self, sections: &[Section], paused: Instant) -> Result<(), VmError> {
+        Machine::load_sections(self, sections, Some(paused.elapsed()))
+            .map_err(|error| VmError::Other(error.to_string()))
+    }
+
+    fn take_ownership(&self) -> Result<(), VmError> {
+        self.reclaim_ownership()
+    }
+
+    fn start(&self, run: bool) -> Result<(), VmError> {
+        self.set_created();
+        if run {
+            Machine::resume(self).map_err(|error| VmError::Other(error.to_string()))?;
+        }
+        // Switches learn from it where the guest is now.
+        let silent = self.virtio.announce();
+        if !silent.is_empty() {
+            tracing::debug!(cards = silent.len(), "the guest does not announce its cards");
+        }
+        Ok(())
     }
 }

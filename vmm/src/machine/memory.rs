@@ -23,6 +23,21 @@ pub(super) fn layout_of(ram: &GuestRam) -> Arc<MemoryLayout> {
     Arc::new(MemoryLayout::new(ranges).expect("regions are ascending"))
 }
 
+/// The layout of a machine with `size` bytes of memory.
+///
+/// # Panics
+/// Never for a size that a configuration may have: whole pages.
+#[must_use]
+pub fn layout_for(size: u64) -> MemoryLayout {
+    let (low, high) = crate::layout::split_ram(size);
+    let ranges = [(0, low), (crate::layout::HOLE_END, high)];
+    let ranges = ranges.into_iter().filter(|(_, len)| *len > 0);
+    MemoryLayout::new(ranges.map(|(gpa, len)| {
+        PageRange::from_bytes(Gpa(gpa), len).expect("memory is whole pages below 2^52")
+    }))
+    .expect("regions are ascending")
+}
+
 fn other(error: impl ToString) -> VmError {
     VmError::Other(error.to_string())
 }
@@ -113,7 +128,8 @@ impl DirtySource for Machine {
 
     fn clear_pages(&self, range: PageRange, pages: &[u64]) -> Result<(), VmError> {
         let (slot, region, first) = self.slot_of(range)?;
-        let whole_words = range.pages() % 64 == 0 || first + range.pages() == region.len / PAGE_SIZE;
+        let whole_words =
+            range.pages() % 64 == 0 || first + range.pages() == region.len / PAGE_SIZE;
         if first % 64 == 0 && whole_words {
             let count = u32::try_from(range.pages()).map_err(other)?;
             return clear_dirty_log(&self.vm.fd, slot, first, count, pages).map_err(other);

@@ -32,6 +32,8 @@ use crate::snapshot::SaveError;
 use crate::vcpu::{GuestRequest, Vcpu, VcpuContext};
 use crate::virtio::{VirtioError, VirtioSet};
 
+pub use memory::layout_for as memory_layout;
+
 pub use build::{MachineBuilder, RequestSender};
 pub use sections::{differences, StateError};
 
@@ -495,6 +497,11 @@ impl Machine {
     #[must_use]
     pub fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)
+    }
+
+    /// Asks something of the thread that owns the machine.
+    pub fn request(&self, request: GuestRequest) {
+        (self.context.requests)(request);
     }
 
     /// Asks the thread that owns the machine to end it at once; a save that is under way is
