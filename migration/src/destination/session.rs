@@ -612,15 +612,17 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
 
     /// The source's own reason for what looks like a lost connection, if it comes soon.
     fn explained(&mut self, failure: Failure) -> Failure {
+        if failure.cause != Cause::Lost {
+            return failure;
+        }
         let deadline = Instant::now() + EXPLANATION;
-        while failure.cause == Cause::Lost {
+        loop {
             match self.next_or_end(deadline) {
                 Err(better) if better.cause != Cause::Lost => return better,
                 Ok(Some(_)) => {}
-                Ok(None) | Err(_) => break,
+                Ok(None) | Err(_) => return failure,
             }
         }
-        failure
     }
 
     fn next(&mut self, deadline: Instant) -> Option<Input> {

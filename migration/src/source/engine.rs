@@ -16,7 +16,7 @@ use crate::snapshot::{write_blob, Stop};
 use crate::source::pacer::Pacer;
 use crate::source::peer::{read_main, Message};
 use crate::source::predict::Predictor;
-use crate::source::resolve::ask_verdict;
+use crate::source::resolve::{ask_verdict, AskError};
 use crate::source::sender::{Pass, PassStats, SendError, Sender, Shared};
 use crate::source::{Input, Offering, SourceControl, SourceOptions};
 use crate::stream::session::{Commit, Done, Hello, Join, Joined, OfferWire, ROLE_PAGES};
@@ -127,6 +127,8 @@ pub(super) struct Engine<'scope, 'env, 'blob> {
     /// When the last part of the pause ended.
     pub(super) pause_mark: Instant,
     cpu_destination: Option<Duration>,
+    /// A message that came before it was waited for.
+    early: Option<Message>,
     ask_wait: Duration,
     resolved: Option<Owner>,
     detached: bool,
@@ -180,6 +182,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             pause_started: None,
             pause_mark: now,
             cpu_destination: None,
+            early: None,
             ask_wait: ASK_FIRST,
             resolved: None,
             detached: false,
@@ -311,6 +314,13 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             SourceAction::JournalHere => self.journal(EntryState::RunningHere),
             SourceAction::ReclaimOwnership => self.reclaim(),
             SourceAction::ResumeGuest => self.resume(),
+            SourceAction::Withdraw => {
+                // Once, and the guest runs: who cannot be reached keeps the VM until an operator
+                // says that it may go.
+                if let Err(error) = self.ask().unwrap_or(Ok(Verdict::Unknown)) {
+                    tracing::info!(%error, "the destination was not told");
+                }
+            }
         }
         Ok(())
     }
@@ -321,7 +331,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             let note = format!("the VM is here and paused: {error}; trying again");
             tracing::warn!("{note}");
             self.tell(Some(note));
-            let _ = self.wait_ignoring(RECLAIM_INTERVAL);
+            self.wait_ignoring(RECLAIM_INTERVAL);
             if self.detached {
                 self.reasons.push(error.to_string());
                 return;
@@ -518,23 +528,27 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
 
     /// Asks the destination's host once, then waits a little; or an operator decides.
     fn await_verdict(&mut self) -> SourceEvent {
-        let around = &self.around;
-        if let Some(token) = &self.token {
-            let (id, timeout) = (around.control.id(), around.options.timing.connect);
-            match ask_verdict(around.connector, id, token, Side::Destination, true, timeout) {
-                Ok(verdict @ (Verdict::RunningHere | Verdict::NotHere)) => {
-                    return SourceEvent::Verdict(verdict);
-                }
-                Ok(verdict) => {
-                    self.tell(Some(format!("the destination's host says {verdict:?}")));
-                }
-                Err(error) => self.tell(Some(error.to_string())),
+        match self.ask() {
+            Some(Ok(verdict @ (Verdict::RunningHere | Verdict::NotHere))) => {
+                return SourceEvent::Verdict(verdict);
             }
+            Some(Ok(verdict)) => {
+                self.tell(Some(format!("the destination's host says {verdict:?}")));
+            }
+            Some(Err(error)) => self.tell(Some(error.to_string())),
+            None => {}
         }
-        let _ = self.wait_ignoring(self.ask_wait);
+        self.wait_ignoring(self.ask_wait);
         self.ask_wait = (self.ask_wait * 2).min(ASK_LONGEST);
         let decided = self.resolved.or_else(|| self.entry.as_ref().and_then(|e| e.resolved()));
         decided.map_or(SourceEvent::NoVerdict, SourceEvent::Resolved)
+    }
+
+    /// Asks the destination's host, with reclaim. `None`: there was no token yet.
+    fn ask(&self) -> Option<Result<Verdict, AskError>> {
+        let token = self.token.as_ref()?;
+        let (id, timeout) = (self.around.control.id(), self.around.options.timing.connect);
+        Some(ask_verdict(self.around.connector, id, token, Side::Destination, true, timeout))
     }
 
     pub(super) fn link(&self) -> Result<&Arc<MainLink>, Failure> {
@@ -593,6 +607,12 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                     };
                     return Err(self.explained(failure));
                 }
+                // The destination may be done before this side has noticed that all was sent.
+                Waited::Peer(loaded @ Message::Loaded { .. })
+                    if self.phase == SourcePhase::Stopping =>
+                {
+                    self.early = Some(loaded);
+                }
                 Waited::Peer(message) => return Err(unexpected(&message)),
                 Waited::Nothing => {
                     self.check_time()?;
@@ -636,6 +656,9 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         limit: Duration,
         what: &str,
     ) -> Result<Message, Failure> {
+        if let Some(message) = self.early.take() {
+            return Ok(message);
+        }
         let deadline = Instant::now() + limit;
         loop {
             match self.wait(deadline)? {
@@ -680,15 +703,13 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
     }
 
     /// Waits when nothing that happens can end it.
-    fn wait_ignoring(&mut self, limit: Duration) -> Option<()> {
+    fn wait_ignoring(&mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
         while !self.detached && self.resolved.is_none() {
-            match self.wait(deadline) {
-                Ok(Waited::Nothing) => return None,
-                Ok(_) | Err(_) => {}
+            if let Ok(Waited::Nothing) = self.wait(deadline) {
+                return;
             }
         }
-        Some(())
     }
 
     /// The time since the last call, as a part of the pause.

@@ -36,7 +36,7 @@ use crate::transport::Connector;
 use crate::vm::{Mode, SourceVm};
 
 pub use predict::{Limits, OnStall};
-pub use resolve::ask_verdict;
+pub use resolve::{ask_verdict, AskError};
 
 use sender::{PassStats, SendError, Shared};
 
