@@ -12,7 +12,9 @@
 //! decides when to pause.
 
 mod engine;
+mod handshake;
 mod pacer;
+mod passes;
 mod pause;
 mod peer;
 mod predict;
