@@ -3,5 +3,6 @@
 
 mod live {
     pub mod common;
+    mod failures;
     mod moves;
 }

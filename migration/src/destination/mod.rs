@@ -12,6 +12,7 @@
 //! Who owns the VM is decided by [`crate::handover`] only; `session` does what it says.
 
 mod door;
+mod handshake;
 mod incoming;
 mod receiver;
 mod session;

@@ -8,32 +8,27 @@ use std::time::{Duration, Instant};
 
 use crate::address::PageRange;
 use crate::clock::process_cpu_time;
-use crate::destination::door::{Door, Guests};
-use crate::destination::receiver::{PageCount, Receiver, ReceiverStats};
+use crate::destination::door::Door;
+use crate::destination::receiver::{PageCount, ReceiverStats};
 use crate::destination::{
     Arrival, ArrivalReport, Arriving, DestinationControl, DestinationOptions, Input, Stage,
 };
 use crate::handover::{
     step_destination, Cause, DestinationAction, DestinationEvent, DestinationPhase, Owner,
 };
-use crate::identity::Token;
 use crate::journal::{DestinationEntry, Journal, JournalError};
 use crate::link::MainLink;
 use crate::report::as_micros;
-use crate::stream::session::{
-    shortened, Accept, Hello, Loaded, Ready, Refuse, Resumed, MAX_REASONS, MAX_REASON_BYTES,
-};
-use crate::stream::{RecordReader, RecordType, StreamError};
+use crate::stream::session::{Loaded, Resumed};
+use crate::stream::{RecordReader, StreamError};
 use crate::transport::{Stream, Transport};
-use crate::verify::{first_difference, hash_memory, hash_ranges};
-use crate::vm::{DestinationHost, DestinationVm, FirstTouch, Offer, Section, VmError};
+use crate::verify::{first_difference, hash_memory};
+use crate::vm::{DestinationHost, DestinationVm, Offer, Section, VmError};
 
 /// How often an undecided destination looks into the journal.
 const JOURNAL_INTERVAL: Duration = Duration::from_millis(200);
 /// Between two tries to take disks or to resume.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
-/// Memory is provided in pieces of this, so that the thread can be stopped.
-const POPULATE_PAGES: u64 = 512;
 /// How long an explanation may come after a connection broke.
 const EXPLANATION: Duration = Duration::from_millis(500);
 /// How often progress is told.
@@ -82,13 +77,13 @@ pub(super) fn wait_for_offer(
 }
 
 /// Why the work of a phase ended early.
-struct Failure {
-    cause: Cause,
-    reasons: Vec<String>,
+pub(super) struct Failure {
+    pub(super) cause: Cause,
+    pub(super) reasons: Vec<String>,
 }
 
 impl Failure {
-    fn new(cause: Cause, reason: impl Into<String>) -> Self {
+    pub(super) fn new(cause: Cause, reason: impl Into<String>) -> Self {
         Self { cause, reasons: vec![reason.into()] }
     }
 }
@@ -118,46 +113,46 @@ impl From<io::Error> for Failure {
 }
 
 /// A page connection that has joined.
-struct Joined {
-    index: u16,
-    records: RecordReader<Stream>,
+pub(super) struct Joined {
+    pub(super) index: u16,
+    pub(super) records: RecordReader<Stream>,
 }
 
-struct Session<'scope, 'env, 'door> {
-    around: Surroundings<'scope, 'env>,
-    door: &'door Door,
-    sender: mpsc::Sender<Input>,
-    inbox: mpsc::Receiver<Input>,
-    offer: Offer,
-    main: Arc<dyn Transport>,
-    stage: Arc<Stage>,
-    link: Option<Arc<MainLink>>,
-    phase: DestinationPhase,
-    connections: u16,
-    entry: Option<DestinationEntry>,
-    vm: Option<Arc<dyn DestinationVm>>,
-    joined: Vec<Joined>,
-    page_transports: Vec<Arc<dyn Transport>>,
-    populate: Option<mpsc::Sender<Vec<PageRange>>>,
-    stop_populating: Arc<AtomicBool>,
-    pages: PageCount,
-    sections: Option<Vec<Section>>,
+pub(super) struct Session<'scope, 'env, 'door> {
+    pub(super) around: Surroundings<'scope, 'env>,
+    pub(super) door: &'door Door,
+    pub(super) sender: mpsc::Sender<Input>,
+    pub(super) inbox: mpsc::Receiver<Input>,
+    pub(super) offer: Offer,
+    pub(super) main: Arc<dyn Transport>,
+    pub(super) stage: Arc<Stage>,
+    pub(super) link: Option<Arc<MainLink>>,
+    pub(super) phase: DestinationPhase,
+    pub(super) connections: u16,
+    pub(super) entry: Option<DestinationEntry>,
+    pub(super) vm: Option<Arc<dyn DestinationVm>>,
+    pub(super) joined: Vec<Joined>,
+    pub(super) page_transports: Vec<Arc<dyn Transport>>,
+    pub(super) populate: Option<mpsc::Sender<Vec<PageRange>>>,
+    pub(super) stop_populating: Arc<AtomicBool>,
+    pub(super) pages: PageCount,
+    pub(super) sections: Option<Vec<Section>>,
     /// Since when the guest stands.
-    paused: Instant,
-    hashes: Option<Vec<u64>>,
-    all_received: Instant,
-    committed: Instant,
-    run_guest: bool,
-    confirmed: bool,
-    detached: bool,
-    cause: Cause,
-    reasons: Vec<String>,
-    stats: ReceiverStats,
-    load: Duration,
-    own: Duration,
-    resume: Duration,
-    cpu_started: Duration,
-    cpu: Duration,
+    pub(super) paused: Instant,
+    pub(super) hashes: Option<Vec<u64>>,
+    pub(super) all_received: Instant,
+    pub(super) committed: Instant,
+    pub(super) run_guest: bool,
+    pub(super) confirmed: bool,
+    pub(super) detached: bool,
+    pub(super) cause: Cause,
+    pub(super) reasons: Vec<String>,
+    pub(super) stats: ReceiverStats,
+    pub(super) load: Duration,
+    pub(super) own: Duration,
+    pub(super) resume: Duration,
+    pub(super) cpu_started: Duration,
+    pub(super) cpu: Duration,
 }
 
 impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
@@ -328,127 +323,6 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         Ok(None)
     }
 
-    /// Says hello, and has the host look at the offer.
-    fn negotiate(&mut self) -> Result<DestinationEvent, Failure> {
-        let link = Arc::new(MainLink::open(Arc::clone(&self.main))?);
-        self.link = Some(Arc::clone(&link));
-        link.send(&Hello { id: self.offer.id.0, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
-        let interval = self.offer.alive;
-        self.spawn("mig-alive", move || link.keep_alive(interval))?;
-        let mut reasons = self.around.host.check(&self.offer);
-        if self.offer.verify {
-            let hashes = hash_ranges(&self.offer.layout).count() as u64;
-            if hashes * 8 > RecordType::Hash.max_bytes() {
-                reasons.push("its memory is too large for verify mode".to_owned());
-            }
-        }
-        match reasons.is_empty() {
-            true => Ok(DestinationEvent::Acceptable),
-            false => Err(Failure { cause: Cause::Refused, reasons }),
-        }
-    }
-
-    fn accept(&mut self) -> Result<(), Failure> {
-        let token = Token::random()?;
-        let offer = &self.offer;
-        self.entry = Some(self.around.journal.begin_destination(
-            offer.id,
-            &offer.name,
-            &offer.peer,
-            &token,
-        )?);
-        let joined = vec![false; usize::from(self.connections)];
-        self.door.expect(Some(Guests { id: offer.id, token, joined }));
-        self.stage.set(Stage::ACCEPTED);
-        let connections = self.connections;
-        Ok(self.link()?.send(&Accept { token: token.bytes(), connections })?)
-    }
-
-    fn refuse(&self) {
-        let Some(link) = &self.link else { return };
-        let reasons = self
-            .reasons
-            .iter()
-            .take(MAX_REASONS)
-            .map(|reason| shortened(reason, MAX_REASON_BYTES))
-            .collect();
-        if let Err(error) = link.send(&Refuse { reasons }) {
-            tracing::debug!(%error, "the refusal was not sent");
-        }
-        // Closing a socket with unread data resets it, and the refusal might be lost.
-        let deadline = Instant::now() + self.offer.alive;
-        while let Ok(input) =
-            self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now()))
-        {
-            if matches!(input, Input::Lost(..) | Input::Aborted(_)) {
-                break;
-            }
-        }
-    }
-
-    /// Has the host make the VM, and waits for the page connections.
-    fn prepare(&mut self) -> Result<DestinationEvent, Failure> {
-        let deadline = Instant::now() + self.around.options.timing.ready;
-        let mut blobs = self.offer.blobs.is_empty().then(Vec::new);
-        loop {
-            if let Some(blobs) = blobs.take() {
-                let vm = self
-                    .around
-                    .host
-                    .prepare(&self.offer, blobs)
-                    .map_err(|reasons| Failure { cause: Cause::Refused, reasons })?;
-                let same = vm.layout().as_ref() == &self.offer.layout;
-                self.vm = Some(vm);
-                if !same {
-                    let reason = "the memory that its configuration asks for is laid out otherwise";
-                    return Err(Failure::new(Cause::Refused, reason));
-                }
-            }
-            if self.vm.is_some() && self.joined.len() == usize::from(self.connections) {
-                return Ok(DestinationEvent::Prepared);
-            }
-            match self.next_or_end(deadline)? {
-                Some(Input::Blobs(all)) => blobs = Some(all),
-                Some(Input::Joined { index, records, transport }) => {
-                    self.page_transports.push(transport);
-                    self.joined.push(Joined { index, records });
-                }
-                Some(_) => {}
-                None => {
-                    let reason = "the source did not send or join what it announced in time";
-                    return Err(Failure::new(Cause::Deadline, reason));
-                }
-            }
-        }
-    }
-
-    fn send_ready(&mut self) -> Result<(), Failure> {
-        let vm = Arc::clone(self.vm()?);
-        // A VM that was just made has none, or very little.
-        for run in vm.populated()?.runs() {
-            vm.zero(run)?;
-        }
-        let first_touch = self.around.options.first_touch.unwrap_or_else(|| vm.first_touch());
-        for Joined { index, records } in std::mem::take(&mut self.joined) {
-            let (vm, pages) = (Arc::clone(&vm), Arc::clone(&self.pages));
-            let receiver = Receiver { index, vm, records, first_touch, pages };
-            let inbox = self.sender.clone();
-            self.spawn(&format!("mig-recv-{index}"), move || receiver.run(&inbox))?;
-        }
-        if first_touch == FirstTouch::Populate {
-            let (announced, work) = mpsc::channel();
-            let (vm, stop) = (Arc::clone(&vm), Arc::clone(&self.stop_populating));
-            self.spawn("mig-populate", move || populate(vm.as_ref(), &work, &stop))?;
-            self.populate = Some(announced);
-        }
-        if let Some(entry) = &mut self.entry {
-            entry.stage()?;
-        }
-        self.stage.set(Stage::READY);
-        let load_us = as_micros(vm.expected_load());
-        Ok(self.link()?.send(&Ready { load_us })?)
-    }
-
     fn receive(&mut self) -> Result<DestinationEvent, Failure> {
         let mut synced = 0;
         while synced < self.connections || self.sections.is_none() {
@@ -583,15 +457,19 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         }
     }
 
-    fn vm(&self) -> Result<&Arc<dyn DestinationVm>, Failure> {
+    pub(super) fn vm(&self) -> Result<&Arc<dyn DestinationVm>, Failure> {
         self.vm.as_ref().ok_or_else(|| Failure::new(Cause::Failed, "there is no VM"))
     }
 
-    fn link(&self) -> Result<&Arc<MainLink>, Failure> {
+    pub(super) fn link(&self) -> Result<&Arc<MainLink>, Failure> {
         self.link.as_ref().ok_or_else(|| Failure::new(Cause::Lost, "there is no connection"))
     }
 
-    fn spawn(&self, name: &str, job: impl FnOnce() + Send + 'scope) -> Result<(), Failure> {
+    pub(super) fn spawn(
+        &self,
+        name: &str,
+        job: impl FnOnce() + Send + 'scope,
+    ) -> Result<(), Failure> {
         thread::Builder::new()
             .name(name.to_owned())
             .spawn_scoped(self.around.scope, job)
@@ -600,7 +478,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
     }
 
     /// The next input, or `None` at the deadline. What ends the migration is an error.
-    fn next_or_end(&mut self, deadline: Instant) -> Result<Option<Input>, Failure> {
+    pub(super) fn next_or_end(&mut self, deadline: Instant) -> Result<Option<Input>, Failure> {
         match self.next(deadline) {
             Some(Input::Lost(cause, text)) => Err(Failure::new(cause, text)),
             Some(Input::Aborted(text)) => {
@@ -616,15 +494,17 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
 
     /// The source's own reason for what looks like a lost connection, if it comes soon.
     fn explained(&mut self, failure: Failure) -> Failure {
+        if failure.cause != Cause::Lost {
+            return failure;
+        }
         let deadline = Instant::now() + EXPLANATION;
-        while failure.cause == Cause::Lost {
+        loop {
             match self.next_or_end(deadline) {
                 Err(better) if better.cause != Cause::Lost => return better,
                 Ok(Some(_)) => {}
-                Ok(None) | Err(_) => break,
+                Ok(None) | Err(_) => return failure,
             }
         }
-        failure
     }
 
     fn next(&mut self, deadline: Instant) -> Option<Input> {
@@ -708,22 +588,6 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             own: self.own,
             resume: self.resume,
             cpu: self.cpu,
-        }
-    }
-}
-
-/// Provides memory for what is announced, until there is no more.
-fn populate(vm: &dyn DestinationVm, work: &mpsc::Receiver<Vec<PageRange>>, stop: &AtomicBool) {
-    while let Ok(runs) = work.recv() {
-        for piece in runs.iter().flat_map(|run| run.chunks(POPULATE_PAGES)) {
-            if stop.load(Ordering::Relaxed) {
-                return;
-            }
-            if let Err(error) = vm.populate_ahead(piece) {
-                // Whoever touches it next meets the same, and tells.
-                tracing::warn!(%error, "memory is not provided ahead");
-                return;
-            }
         }
     }
 }

@@ -17,19 +17,23 @@ pub use host::SimulatedHost;
 pub use network::{Cut, LocalNetwork};
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+use rustix::fs::{memfd_create, MemfdFlags};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES};
+use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
 use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::vm::{
     DestinationMemory, DestinationVm, DirtySource, GuestMemory, PauseReason, Placed, Section,
     SourceVm, VmControl, VmError, VmState,
 };
+use crate::volatile_io::populate;
 
 /// Watches that no two of some VMs ever run at once.
 #[derive(Debug, Default)]
@@ -45,14 +49,10 @@ impl RunGuard {
     }
 
     fn change(&self, was: bool, is: bool) {
-        match (was, is) {
-            (false, true) => {
-                if self.running.fetch_add(1, Ordering::SeqCst) > 0 {
-                    self.violated.store(true, Ordering::SeqCst);
-                }
-            }
-            (true, false) => drop(self.running.fetch_sub(1, Ordering::SeqCst)),
-            _ => {}
+        if was && !is {
+            self.running.fetch_sub(1, Ordering::SeqCst);
+        } else if !was && is && self.running.fetch_add(1, Ordering::SeqCst) > 0 {
+            self.violated.store(true, Ordering::SeqCst);
         }
     }
 }
@@ -89,6 +89,8 @@ pub struct SimulatedVm {
     layout: Arc<MemoryLayout>,
     /// One mapping per region of the layout, in the same order.
     regions: Vec<MmapRegion>,
+    /// The memory as a file, where it is one; the regions follow one another in it.
+    file: Option<File>,
     inner: Mutex<Inner>,
 }
 
@@ -125,14 +127,41 @@ impl SimulatedVm {
     /// # Errors
     /// [`VmError::Other`] when the host does not provide the memory.
     pub fn new(layout: MemoryLayout) -> Result<Self, VmError> {
+        Self::build(layout, None)
+    }
+
+    /// As [`SimulatedVm::new`], on a memfd, as a real VMM has its memory: for measurements.
+    ///
+    /// # Errors
+    /// As [`SimulatedVm::new`].
+    pub fn on_memfd(layout: MemoryLayout) -> Result<Self, VmError> {
+        let os = |error| VmError::Os { what: "making a memfd".to_owned(), error };
+        let file = memfd_create("simulated-vm", MemfdFlags::CLOEXEC)
+            .map(File::from)
+            .map_err(|error| os(error.into()))?;
+        file.set_len(layout.total_pages() * PAGE_SIZE).map_err(os)?;
+        Self::build(layout, Some(file))
+    }
+
+    fn build(layout: MemoryLayout, file: Option<File>) -> Result<Self, VmError> {
         let layout = Arc::new(layout);
-        let regions = layout
-            .regions()
-            .map(|range| {
-                MmapRegion::new(range.bytes() as usize)
-                    .map_err(|error| VmError::Other(format!("cannot map {range}: {error}")))
-            })
-            .collect::<Result<_, _>>()?;
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for range in layout.regions() {
+            let size = range.bytes() as usize;
+            let region = match &file {
+                Some(file) => file
+                    .try_clone()
+                    .map_err(|error| error.to_string())
+                    .map(|file| FileOffset::new(file, offset))
+                    .and_then(|at| MmapRegion::from_file(at, size).map_err(|e| e.to_string())),
+                None => MmapRegion::new(size).map_err(|error| error.to_string()),
+            };
+            regions.push(
+                region.map_err(|error| VmError::Other(format!("cannot map {range}: {error}")))?,
+            );
+            offset += range.bytes();
+        }
         let inner = Inner {
             populated: PageSet::empty(&layout),
             dirty_log: None,
@@ -145,7 +174,7 @@ impl SimulatedVm {
             owns_disks: true,
             clock_page: None,
         };
-        Ok(Self { layout, regions, inner: Mutex::new(inner) })
+        Ok(Self { layout, regions, file, inner: Mutex::new(inner) })
     }
 
     /// Stores at the start of a page, as the guest does: the dirty log sees it.
@@ -424,6 +453,25 @@ impl Drop for SimulatedVm {
 
 impl DestinationMemory for SimulatedVm {
     fn populate_ahead(&self, range: PageRange) -> Result<(), VmError> {
+        if self.file.is_some() {
+            populate(&self.slice(range)?, true)
+                .map_err(|error| VmError::Os { what: format!("populating {range}"), error })?;
+        }
+        self.inner().populated.insert(range)?;
+        Ok(())
+    }
+
+    fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
+        let slice = self.slice(range)?;
+        match &self.file {
+            Some(file) => {
+                let offset = self.layout.index_range(range)?.start * PAGE_SIZE;
+                file.write_all_at(data, offset)
+                    .and_then(|()| populate(&slice, false))
+                    .map_err(|error| VmError::Os { what: format!("filling {range}"), error })?;
+            }
+            None => slice.copy_from(data),
+        }
         self.inner().populated.insert(range)?;
         Ok(())
     }

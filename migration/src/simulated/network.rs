@@ -23,11 +23,19 @@ pub struct Cut {
     pub for_good: bool,
 }
 
+/// Something that happens when a connection has carried so many bytes; then they go on.
+struct Event {
+    at: Cut,
+    action: Box<dyn Fn() + Send + Sync>,
+    happened: AtomicBool,
+}
+
 /// A network with one listener.
 pub struct LocalNetwork {
     ends: Mutex<mpsc::Sender<Arc<dyn Transport>>>,
     arrivals: Mutex<mpsc::Receiver<Arc<dyn Transport>>>,
     cut: Mutex<Option<Cut>>,
+    event: Mutex<Option<Arc<Event>>>,
     connections: AtomicUsize,
     down: Arc<AtomicBool>,
     /// Bytes from and to the source on each connection.
@@ -47,6 +55,7 @@ impl Default for LocalNetwork {
             ends: Mutex::new(ends),
             arrivals: Mutex::new(arrivals),
             cut: Mutex::new(None),
+            event: Mutex::new(None),
             connections: AtomicUsize::new(0),
             down: Arc::default(),
             counts: Mutex::default(),
@@ -60,12 +69,23 @@ impl LocalNetwork {
         Self::default()
     }
 
-    /// Cuts a connection that is yet to be made.
+    /// Cuts a connection that is yet to be made. Connections that nobody has accepted are gone.
     pub fn cut(&self, cut: Option<Cut>) {
+        let arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        while arrivals.try_recv().is_ok() {}
+        drop(arrivals);
         *self.cut.lock().unwrap_or_else(PoisonError::into_inner) = cut;
         self.connections.store(0, Ordering::SeqCst);
         self.counts.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.down.store(false, Ordering::SeqCst);
+        *self.event.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Calls `action` once when the traffic comes to `at`, instead of cutting it there.
+    pub fn at(&self, at: Cut, action: impl Fn() + Send + Sync + 'static) {
+        self.cut(None);
+        let event = Event { at, action: Box::new(action), happened: AtomicBool::new(false) };
+        *self.event.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(event));
     }
 
     /// Nobody can connect, or everybody again.
@@ -96,7 +116,9 @@ impl Connector for LocalNetwork {
         ends.send(Arc::new(far)).map_err(|_| io::ErrorKind::ConnectionRefused)?;
         let cut = *self.cut.lock().unwrap_or_else(PoisonError::into_inner);
         let cut = cut.filter(|cut| cut.connection == number);
-        Ok(Arc::new(Wire { socket: near, cut, counts, down: Arc::clone(&self.down) }))
+        let event = self.event.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let event = event.filter(|event| event.at.connection == number);
+        Ok(Arc::new(Wire { socket: near, cut, event, counts, down: Arc::clone(&self.down) }))
     }
 
     fn address(&self) -> String {
@@ -115,6 +137,7 @@ impl Listener for LocalNetwork {
 struct Wire {
     socket: UnixStream,
     cut: Option<Cut>,
+    event: Option<Arc<Event>>,
     counts: Arc<Counts>,
     down: Arc<AtomicBool>,
 }
@@ -122,6 +145,13 @@ struct Wire {
 impl Wire {
     /// How many of `wanted` bytes may still pass.
     fn room(&self, outgoing: bool, wanted: usize) -> io::Result<usize> {
+        if let Some(event) = self.event.as_ref().filter(|event| event.at.outgoing == outgoing) {
+            let counter = if outgoing { &self.counts.outgoing } else { &self.counts.incoming };
+            let passed = counter.load(Ordering::SeqCst) + if outgoing { wanted as u64 } else { 0 };
+            if passed >= event.at.bytes && !event.happened.swap(true, Ordering::SeqCst) {
+                (event.action)();
+            }
+        }
         let Some(cut) = self.cut.filter(|cut| cut.outgoing == outgoing) else { return Ok(wanted) };
         let counter = if outgoing { &self.counts.outgoing } else { &self.counts.incoming };
         let left = cut.bytes.saturating_sub(counter.load(Ordering::SeqCst));
@@ -154,6 +184,7 @@ impl Transport for Wire {
 
     fn write_guest(&self, head: &[u8], slices: &[VolatileSlice<'_>]) -> io::Result<()> {
         if self.cut.is_none() {
+            self.room(true, 0)?;
             let bytes = head.len() + slices.iter().map(VolatileSlice::len).sum::<usize>();
             self.counts.outgoing.fetch_add(bytes as u64, Ordering::SeqCst);
             return self.socket.write_guest(head, slices);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use migration::destination::{receive, ArrivalReport, DestinationControl, DestinationOptions};
 use migration::journal::Journal;
 use migration::report::{Progress, Report};
-use migration::simulated::{LocalNetwork, RunGuard, SimulatedHost, SimulatedVm};
+use migration::simulated::{Cut, LocalNetwork, RunGuard, SimulatedHost, SimulatedVm};
 use migration::snapshot::BlobSource;
 use migration::source::{migrate_to, Offering, SourceControl, SourceOptions};
 use migration::stream::{BlobKind, Config, Machine};
@@ -108,9 +108,20 @@ impl World {
         options: &SourceOptions,
         hooks: &Hooks<'_>,
     ) -> Outcome {
-        let id = MigrationId::random().unwrap();
-        let control = SourceControl::new(id);
+        let control = SourceControl::new(MigrationId::random().unwrap());
         let arriving = DestinationControl::new();
+        self.run(connector, listener, options, hooks, &control, &arriving)
+    }
+
+    fn run(
+        &self,
+        connector: &dyn Connector,
+        listener: &dyn Listener,
+        options: &SourceOptions,
+        hooks: &Hooks<'_>,
+        control: &SourceControl,
+        arriving: &DestinationControl,
+    ) -> Outcome {
         let receive_options =
             DestinationOptions { timing: timing(), ..DestinationOptions::default() };
         let (report, arrival) = thread::scope(|scope| {
@@ -120,8 +131,8 @@ impl World {
                     listener,
                     &self.destination_journal,
                     &receive_options,
-                    &arriving,
-                    &|arrival| (hooks.arriving)(arrival, &arriving),
+                    arriving,
+                    &|arrival| (hooks.arriving)(arrival, arriving),
                 )
                 .unwrap()
             });
@@ -132,8 +143,8 @@ impl World {
                 connector,
                 &self.source_journal,
                 options,
-                &control,
-                &|progress| (hooks.progress)(progress, &control),
+                control,
+                &|progress| (hooks.progress)(progress, control),
             );
             arriving.stop();
             if hooks.detach_destination {
@@ -145,7 +156,27 @@ impl World {
             (report, receiving.join().unwrap())
         });
         assert!(!self.guard.violated(), "two ran at once");
-        Outcome { id, report, arrival }
+        Outcome { id: control.id(), report, arrival }
+    }
+
+    /// Migrates, and cancels at either end, or ends the guest, when the traffic comes to `at`.
+    pub fn migrate_cancelled(
+        &self,
+        options: &SourceOptions,
+        at: Cut,
+        there: bool,
+        guest_ends: bool,
+    ) -> Outcome {
+        let id = MigrationId::random().unwrap();
+        let (control, arriving) = (SourceControl::new(id), DestinationControl::new());
+        let (near, far) = (control.clone(), arriving.clone());
+        self.network.at(at, move || match (there, guest_ends) {
+            (_, true) => drop(near.guest_ended()),
+            (true, _) => far.cancel(),
+            (false, _) => drop(near.cancel()),
+        });
+        let hooks = Hooks::default();
+        self.run(&self.network, &self.network, options, &hooks, &control, &arriving)
     }
 
     /// What both ends have in memory must be the same.

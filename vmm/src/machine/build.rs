@@ -1,6 +1,6 @@
 //! Putting a machine together.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
@@ -120,6 +120,7 @@ impl MachineBuilder<'_> {
             input_wanted: OnceLock::new(),
             status: AtomicU8::new(0),
             ending: AtomicBool::new(false),
+            tsc_khz: AtomicU32::new(tsc_khz),
             held: AtomicBool::new(false),
             operator_paused: AtomicBool::new(false),
             events: self.events,

@@ -10,7 +10,7 @@ mod memory;
 mod sections;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -144,6 +144,8 @@ pub struct Machine {
     status: AtomicU8,
     /// An operator wants the VM gone: long work stops early.
     ending: AtomicBool,
+    /// See [`Machine::guest_tsc_khz`]: known without a vCPU's lock, which is held while it runs.
+    tsc_khz: AtomicU32,
     /// The migration engine holds the guest: it is paused, and may be somebody else's soon.
     held: AtomicBool,
     /// Whether an operator wants a held guest paused.
@@ -175,10 +177,10 @@ impl Machine {
         &self.identity
     }
 
-    /// Frequency of the guest's TSC, kHz; 0 where KVM does not tell. The machine stands.
+    /// Frequency of the guest's TSC, kHz; 0 where KVM does not tell.
     #[must_use]
     pub fn guest_tsc_khz(&self) -> u32 {
-        self.vcpus.first().map_or(0, |v| v.kvm().fd.get_tsc_khz().unwrap_or(0))
+        self.tsc_khz.load(Ordering::Relaxed)
     }
 
     /// Kernel and initrd.
