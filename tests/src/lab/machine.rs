@@ -17,6 +17,8 @@ pub(super) const QEMU: &str = "qemu-system-x86_64";
 
 /// What `init` of the Linux image runs instead of its own commands, where it is there.
 const OVERLAY_INIT: &str = "overlay/init";
+/// What its shells read first.
+const OVERLAY_PROGRAMS: &str = "overlay/programs";
 /// Where programs of this machine are in the lab, ahead of busybox's own.
 const PROGRAMS: &str = "usr/bin";
 
@@ -192,12 +194,22 @@ impl Lab {
         }
         let _ = fs::remove_file(&stripped);
         let init = format!(
-            "#!/bin/sh\nexport PATH=/{PROGRAMS}:/bin\n(\n{}\n)\n\
-             echo \"lab: status $?\"\npoweroff -f\n",
+            "#!/bin/sh\nexport PATH=/{PROGRAMS}:/bin ENV=/{OVERLAY_PROGRAMS}\n. $ENV\n\
+             (\n{}\n)\necho \"lab: status $?\"\npoweroff -f\n",
             self.script
         );
         archive.add(OVERLAY_INIT, init.as_bytes())?;
+        archive.add(OVERLAY_PROGRAMS, self.programs().as_bytes())?;
         archive.finish()?.into_inner()?.flush()
+    }
+
+    /// Functions by which the shell finds our programs: it prefers what is in busybox to what is in
+    /// its path. Names that no function can have are none of busybox' either.
+    fn programs(&self) -> String {
+        let prefix = format!("{PROGRAMS}/");
+        let names = self.files.iter().filter_map(|item| item.to.strip_prefix(&prefix));
+        let plain = names.filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric()));
+        plain.map(|name| format!("{name}() {{ /{PROGRAMS}/{name} \"$@\"; }}\n")).collect()
     }
 
     /// Emulation of SVM is complete but for XSETBV, hence no XSAVE; threads are needed, one outer
@@ -230,7 +242,8 @@ fn strip_debug(from: &Path, to: &Path) -> bool {
 /// Libraries of an executable, the dynamic linker included, at the paths where it looks for them.
 fn libraries(executable: &Path) -> io::Result<Vec<PathBuf>> {
     let failed = |why: &str| io::Error::other(format!("ldd {}: {why}", executable.display()));
-    let output = Command::new("ldd").arg(executable).output().map_err(|e| failed(&e.to_string()))?;
+    let output =
+        Command::new("ldd").arg(executable).output().map_err(|e| failed(&e.to_string()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     if text.contains("not found") {
         return Err(failed(&text));
