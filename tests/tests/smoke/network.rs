@@ -98,7 +98,7 @@ impl Stream {
         until("more of the stream", || {
             let ended = self.checker.is_finished();
             assert!(!ended, "the stream ended after {before} lines or more");
-            (self.lines.load(Ordering::SeqCst) > before + 1000).then_some(())
+            (self.lines.load(Ordering::SeqCst) > before + 600).then_some(())
         });
     }
 }
