@@ -6,6 +6,7 @@
 mod boot;
 mod figures;
 mod guest;
+mod linux;
 mod qmp;
 mod saving;
 
@@ -25,7 +26,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const USAGE: &str = "\
 Usage: bench [--quick] [--json FILE] [--dir DIR] [BENCH...]
 
-  BENCH        start, overhead, exits, save, restore, sparse [default: all]
+  BENCH        start, overhead, exits, save, restore, sparse, linux [default: all]
   --quick      fewer runs and less memory, for a look
   --json FILE  write all samples to FILE
   --dir DIR    where VMs are saved: the file system that is measured
@@ -36,13 +37,14 @@ be compared; each table says how busy it was.";
 
 type Run = fn(&Bench) -> Result<Vec<Row>>;
 
-const BENCHES: [(&str, Run); 6] = [
+const BENCHES: [(&str, Run); 7] = [
     ("start", boot::start),
     ("overhead", boot::overhead),
     ("exits", boot::exits),
     ("save", saving::save),
     ("restore", saving::restore),
     ("sparse", saving::sparse),
+    ("linux", linux::boot),
 ];
 
 /// What a benchmark needs to know.
@@ -99,7 +101,13 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    let options = match Options::parse(std::env::args().skip(1)) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [linux::SAMPLES, runs] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        // In the lab.
+        linux::print_samples(runs.parse().unwrap_or(1));
+        return ExitCode::SUCCESS;
+    }
+    let options = match Options::parse(arguments.into_iter()) {
         Ok(options) => options,
         Err(text) => {
             eprintln!("{text}");
