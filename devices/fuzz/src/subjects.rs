@@ -60,7 +60,9 @@ impl FileDisk {
             Arc::new(file)
         };
         let file = FILE.with(|file| Arc::clone(file.get_or_init(make)));
-        file.write_all_at(&[0; DISK as usize], 0).unwrap();
+        // No sector like another, so that what is read shows in memory.
+        let bytes: Vec<u8> = (0..DISK).map(|at| (at / 512) as u8 + 1).collect();
+        file.write_all_at(&bytes, 0).unwrap();
         Self { file, broken: false }
     }
 

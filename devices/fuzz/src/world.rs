@@ -17,8 +17,9 @@ const PAGE: usize = 4096;
 const REGIONS: [(u64, usize); 3] = [(0, 0x8000), (0x8000, 0x8000), (0x1_8000, 0x8000)];
 /// End of guest memory.
 const END: u64 = 0x2_0000;
-/// Where chains of the well-behaved kind have their data.
-const DATA: u64 = 0x6000;
+/// Where chains of the well-behaved kind have their data, each buffer in a page of its own: else
+/// the mark of one hides that another has none.
+const DATA: u64 = 0x5000;
 /// Where indirect tables are.
 const TABLE: u64 = 0x1_C000;
 /// Steps of one run.
@@ -85,6 +86,7 @@ pub(crate) struct World<S: Subject> {
     kicks: Arc<Kicks>,
     available: [u16; 4],
     next_descriptor: [u16; 4],
+    queues: usize,
 }
 
 /// What the device did is looked at by comparing memory.
@@ -103,7 +105,17 @@ impl<S: Subject> World<S> {
             MmioTransport::new(device, memory.clone(), line.clone() as _, kicks.clone() as _);
         let handle = transport.handle();
         let (available, next_descriptor) = ([0; 4], [0; 4]);
-        Self { memory, transport, handle, subject, line, kicks, available, next_descriptor }
+        Self {
+            memory,
+            transport,
+            handle,
+            subject,
+            line,
+            kicks,
+            available,
+            next_descriptor,
+            queues: 1,
+        }
     }
 
     pub(crate) fn set(&mut self, register: u64, value: u32) {
@@ -221,6 +233,7 @@ impl<S: Subject> World<S> {
             if size == 0 {
                 break;
             }
+            self.queues = index + 1;
             let rings = Self::rings(index);
             self.memory.write_slice(&[0; 0x1000], GuestAddress(rings[0])).unwrap();
             self.place(index, size, rings);
@@ -253,9 +266,13 @@ impl<S: Subject> World<S> {
         self.put(available + 2, &self.available[queue].to_le_bytes());
     }
 
-    /// A chain without mistakes in its descriptors; buffers to read come first.
-    fn chain(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
-        let queue = input.int_in_range(0..=2)?;
+    /// One of the queues that the device has.
+    fn queue(&self, input: &mut Unstructured<'_>) -> Result<usize> {
+        input.int_in_range(0..=self.queues - 1)
+    }
+
+    /// Buffers of whatever size and place; those to read come first.
+    fn buffers(&self, input: &mut Unstructured<'_>) -> Result<Vec<(u64, u32, u16)>> {
         let mut buffers = Vec::new();
         for flags in [0, WRITE] {
             for _ in 0..input.int_in_range(0..=3)? {
@@ -267,34 +284,60 @@ impl<S: Subject> World<S> {
                     _ => 512 * input.int_in_range(0..=4)?,
                 };
                 let gpa = if input.ratio(7, 8)? {
-                    DATA + buffers.len() as u64 * 0x800
+                    DATA + buffers.len() as u64 * 0x1000
                 } else {
                     address(input)?
                 };
                 if flags == 0 {
-                    let contents = match input.int_in_range(0..=2)? {
-                        // As a header of a disk, and as a list of pages.
-                        0 => {
-                            let kind: u32 = input.int_in_range(0..=14)?;
-                            let sector: u64 = input.int_in_range(0..=70)?;
-                            [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
+                    if input.arbitrary()? {
+                        self.put(gpa, input.bytes(8)?);
+                    } else {
+                        // A list of pages.
+                        for n in 0..4 {
+                            let page = input.int_in_range(0..=0x22u32)?;
+                            self.put(gpa.wrapping_add(4 * n), &page.to_le_bytes());
                         }
-                        1 => {
-                            let page =
-                                |input: &mut Unstructured<'_>| input.int_in_range(0..=0x22u32);
-                            let mut pages = Vec::new();
-                            for _ in 0..4 {
-                                pages.extend(page(input)?.to_le_bytes());
-                            }
-                            pages
-                        }
-                        _ => input.bytes(8)?.to_vec(),
-                    };
-                    self.put(gpa, &contents);
+                    }
                 }
                 buffers.push((gpa, len, flags));
             }
         }
+        Ok(buffers)
+    }
+
+    /// Buffers of a request of a disk.
+    fn disk_request(&self, input: &mut Unstructured<'_>) -> Result<Vec<(u64, u32, u16)>> {
+        let kind: u32 = input.int_in_range(0..=14)?;
+        let sector: u64 = input.int_in_range(0..=70)?;
+        self.put(DATA, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
+        let mut buffers = vec![(DATA, 16, 0)];
+        let flags = if kind == 0 || kind == 8 { WRITE } else { 0 };
+        for n in 0..input.int_in_range(0..=3)? {
+            let gpa = if input.ratio(3, 4)? { DATA + 0x1000 * (n + 1) } else { address(input)? };
+            // A range of a discard is a buffer to read as well.
+            let sector: u64 = input.int_in_range(0..=70)?;
+            let sectors: u32 = input.int_in_range(0..=70)?;
+            let len = match kind {
+                11 | 13 => {
+                    self.put(
+                        gpa,
+                        &[sector.to_le_bytes(), u64::from(sectors).to_le_bytes()].concat(),
+                    );
+                    16
+                }
+                _ => 512 * input.int_in_range(0..=4)?,
+            };
+            buffers.push((gpa, len, flags));
+        }
+        buffers.push((DATA + 0x7F0, 1, WRITE));
+        Ok(buffers)
+    }
+
+    /// A chain without mistakes in its descriptors.
+    fn chain(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
+        let queue = self.queue(input)?;
+        let buffers =
+            if input.ratio(1, 3)? { self.disk_request(input)? } else { self.buffers(input)? };
         let last = buffers.len().wrapping_sub(1);
         if last == usize::MAX {
             return Ok(());
@@ -343,6 +386,7 @@ impl<S: Subject> World<S> {
         there.handle.resume();
         there.available = self.available;
         there.next_descriptor = self.next_descriptor;
+        there.queues = self.queues;
         *self = there;
     }
 
@@ -386,7 +430,7 @@ impl<S: Subject> World<S> {
                 }
             }
             13 => {
-                let queue = input.int_in_range(0..=2)?;
+                let queue = self.queue(input)?;
                 let table = if input.arbitrary()? { TABLE } else { Self::rings(queue)[0] };
                 let (index, flags) = (input.int_in_range(0..=70)?, input.int_in_range(0..=7)?);
                 let gpa = if input.ratio(1, 4)? { TABLE } else { address(input)? };
@@ -399,7 +443,7 @@ impl<S: Subject> World<S> {
                 self.publish(queue, index);
             }
             14 => {
-                let queue = input.int_in_range(0..=2)?;
+                let queue = self.queue(input)?;
                 let jump: u16 = if input.arbitrary()? {
                     input.arbitrary()?
                 } else {
@@ -429,7 +473,7 @@ impl<S: Subject> World<S> {
             }
             18 => {
                 self.negotiate(0);
-                let queue = input.int_in_range(0..=2)?;
+                let queue = self.queue(input)?;
                 let size = if input.arbitrary()? {
                     1 << input.int_in_range(0..=9)?
                 } else {
