@@ -3,11 +3,14 @@
 //! Subjects alternate, so that what else the machine does meets all of them; the first round only
 //! warms up. Tables go to standard output, progress to standard error.
 
+mod block;
 mod boot;
 mod figures;
 mod guest;
 mod linux;
+mod net;
 mod qmp;
+mod rounds;
 mod saving;
 
 use std::error::Error;
@@ -26,10 +29,10 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const USAGE: &str = "\
 Usage: bench [--quick] [--json FILE] [--dir DIR] [BENCH...]
 
-  BENCH        start, overhead, exits, save, restore, sparse, linux [default: all]
+  BENCH        start, overhead, exits, save, restore, sparse, block, net, linux [default: all]
   --quick      fewer runs and less memory, for a look
   --json FILE  write all samples to FILE
-  --dir DIR    where VMs are saved: the file system that is measured
+  --dir DIR    where VMs are saved, and where disks are: the file system that is measured
                [default: beside this program]
 
 Needs 3 GiB of memory and 2.5 GiB of disk. With nothing else to do, the machine gives figures that can
@@ -37,13 +40,15 @@ be compared; each table says how busy it was.";
 
 type Run = fn(&Bench) -> Result<Vec<Row>>;
 
-const BENCHES: [(&str, Run); 7] = [
+const BENCHES: [(&str, Run); 9] = [
     ("start", boot::start),
     ("overhead", boot::overhead),
     ("exits", boot::exits),
     ("save", saving::save),
     ("restore", saving::restore),
     ("sparse", saving::sparse),
+    ("block", block::block),
+    ("net", net::net),
     ("linux", linux::boot),
 ];
 
@@ -146,7 +151,7 @@ fn bench(options: Options) -> Result<()> {
         qemu
     );
     println!(
-        "{} CPUs ({}), Linux {}, saved VMs in {}. Load average {before} before and {after} after; {:.0} s in all.",
+        "{} CPUs ({}), Linux {}, files in {}. Load average {before} before and {after} after; {:.0} s in all.",
         std::thread::available_parallelism()?,
         cpu_model(),
         first_line("/proc/sys/kernel/osrelease"),
