@@ -103,6 +103,9 @@ fn a_stop_of_the_vm_is_told_from_other_gaps() {
     let _guard = exclusive();
     let mut guest = Guest::start("stop", "microvm", 2, "ws=4 report=0");
     guest.wait_for("ready");
+    // The first window begins a moment after `ready` was seen.
+    guest.say("mark");
+    guest.wait_for("mark");
     for _ in 0..2 {
         guest.monitor("stop");
         guest.monitor("cont");
