@@ -230,7 +230,8 @@ fn strip_debug(from: &Path, to: &Path) -> bool {
 /// Libraries of an executable, the dynamic linker included, at the paths where it looks for them.
 fn libraries(executable: &Path) -> io::Result<Vec<PathBuf>> {
     let failed = |why: &str| io::Error::other(format!("ldd {}: {why}", executable.display()));
-    let output = Command::new("ldd").arg(executable).output().map_err(|e| failed(&e.to_string()))?;
+    let output =
+        Command::new("ldd").arg(executable).output().map_err(|e| failed(&e.to_string()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     if text.contains("not found") {
         return Err(failed(&text));

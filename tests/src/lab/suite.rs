@@ -82,7 +82,9 @@ impl InLab {
     fn run(&self) -> HashMap<String, Outcome> {
         let run = match self.lab().and_then(|lab| lab.run(&logs_dir())) {
             Ok(run) => run,
-            Err(error) => return all(self.suite.tests, &Err(format!("the lab cannot run: {error}"))),
+            Err(error) => {
+                return all(self.suite.tests, &Err(format!("the lab cannot run: {error}")))
+            }
         };
         let mut outcomes = HashMap::new();
         if !run.finished {

@@ -4,8 +4,7 @@ use tests::lab::{image, Linux};
 use tests::Host;
 
 use crate::guest::{
-    boot, check, counter, device_healthy, healthy, measured, until, LOADER_BOOT_PARAMS,
-    LOADER_PVH,
+    boot, check, counter, device_healthy, healthy, measured, until, LOADER_BOOT_PARAMS, LOADER_PVH,
 };
 
 const MIB: u64 = 1 << 20;

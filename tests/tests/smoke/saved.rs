@@ -47,8 +47,7 @@ pub fn save_and_restore() {
     let disk_flag = format!("id=data,path={disk}");
     let flags = ["--cpus", "2", "--disk", &disk_flag, "--net", "id=lan,tap=smoke1"];
     let flags = [&flags[..], &["--rng", "--balloon"]].concat();
-    let modules =
-        ",virtio_mmio,virtio_blk,virtio_net,virtio-rng,virtio_balloon,ext4";
+    let modules = ",virtio_mmio,virtio_blk,virtio_net,virtio-rng,virtio_balloon,ext4";
     let cmdline = format!("disk=vda {GUEST}");
     let mut guest = boot(&host, &image("vmlinux"), &flags, modules, &cmdline);
     let mhz = guest.sh("dmesg | sed -n 's/.*tsc: Detected \\([0-9.]*\\) MHz.*/\\1/p'");

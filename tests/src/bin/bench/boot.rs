@@ -1,8 +1,8 @@
 //! Starting a guest, what the process then takes, and what exits cost.
 
-use crate::figures::{Better, Figure, Row};
-use crate::guest::{Guest, Line, Setup, Vmm};
-use crate::{Bench, Result};
+use tests::bench::{Better, Figure, Guest, Line, Result, Row, Setup, Vmm};
+
+use crate::Bench;
 
 /// First guest instruction after exec, ms; a promise of this project.
 const TARGET_START_MS: f64 = 20.0;
