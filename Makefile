@@ -3,13 +3,14 @@
 CARGO ?= cargo
 BEACON = --manifest-path guest-images/beacon/Cargo.toml
 
-.PHONY: help demo test check unit smoke guest-images bench build clean
+.PHONY: help demo test check unit smoke guest-images bench bench-migration build clean
 
 help:
 	@echo 'make demo   build, boot the built-in guest, save it, restore it in a new process, verified'
 	@echo 'make test   format, lints, unit tests, and the tests on /dev/kvm'
 	@echo 'make smoke  real Linux guests, on hardware virtualization or in an emulated machine (the lab)'
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
+	@echo 'make bench-migration   live migration beside QEMU, with the targets; about half an hour'
 	@echo 'make build  the release binary, target/release/minivmm'
 
 build:
@@ -43,6 +44,10 @@ guest-images:
 
 bench: build
 	$(CARGO) run --release --locked --quiet -p tests --bin bench
+
+# ARGS='--quick' for a look; ARGS=--help for what there is.
+bench-migration: build
+	$(CARGO) run --release --locked --quiet -p tests --bin bench-migration -- $(ARGS)
 
 clean:
 	$(CARGO) clean

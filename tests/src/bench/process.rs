@@ -15,6 +15,8 @@ use super::Result;
 
 /// Longest wait for anything; far beyond what it takes.
 pub const LIMIT: Duration = Duration::from_secs(120);
+/// How the text of an error begins that is the guest's own: something it knew was lost or changed.
+pub const GUEST_ERROR: &str = "the guest found an error";
 const QEMU: &str = "qemu-system-x86_64";
 
 /// What runs the guest.
@@ -326,7 +328,7 @@ impl Guest {
                 Some(found) if found == kind => return Ok(line),
                 // Not `fpu`: QEMU loses vector registers on some hosts, which costs no time.
                 Some("corrupt" | "tsc-back" | "clock-back" | "exception" | "panic") => {
-                    return Err(text.into());
+                    return Err(format!("{GUEST_ERROR}: {text}").into());
                 }
                 _ => last = text,
             }
