@@ -42,6 +42,25 @@ impl Vmm {
     }
 }
 
+/// What QEMU's guest memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum QemuMemory {
+    /// Private and anonymous, as by default. Reading a page that was never written costs little.
+    Anonymous,
+    /// Shared and a memfd, as minivmm's, so that the two are accounted in the same way. Reading a
+    /// page that was never written allocates it.
+    Memfd,
+}
+
+impl QemuMemory {
+    fn backend(self) -> &'static str {
+        match self {
+            Self::Memfd => "memory-backend-memfd,share=on",
+            Self::Anonymous => "memory-backend-ram",
+        }
+    }
+}
+
 /// The machine and what beacon does in it.
 #[derive(Debug, Clone)]
 pub struct Setup {
@@ -118,7 +137,7 @@ impl Tools {
                 Guest::start(command, Wiring::Console)
             }
             Vmm::QemuRom | Vmm::QemuFirmware => {
-                let mut command = self.qemu_command(vmm, setup);
+                let mut command = self.qemu_command(vmm, setup, QemuMemory::Memfd);
                 command.args(["-serial", "stdio"]);
                 Guest::start(command, Wiring::Console)
             }
@@ -134,7 +153,7 @@ impl Tools {
 
     /// Boots beacon in QEMU with a monitor, or has QEMU wait for `incoming`.
     pub fn qemu_with_monitor(&self, setup: &Setup, incoming: Option<&str>) -> Result<Guest> {
-        let mut command = self.qemu_command(Vmm::QemuRom, setup);
+        let mut command = self.qemu_command(Vmm::QemuRom, setup, QemuMemory::Memfd);
         command.args(["-qmp", "stdio", "-serial", "file:/dev/stderr"]);
         if let Some(from) = incoming {
             command.args(["-incoming", from]);
@@ -144,12 +163,18 @@ impl Tools {
 
     /// Boots beacon in QEMU with the console on pipes and a monitor beside it, or has QEMU wait to
     /// be told where an incoming VM comes from. `name` tells QEMUs of one time apart.
-    pub fn qemu_movable(&self, name: &str, setup: &Setup, incoming: bool) -> Result<Guest> {
+    pub fn qemu_movable(
+        &self,
+        name: &str,
+        setup: &Setup,
+        memory: QemuMemory,
+        incoming: bool,
+    ) -> Result<Guest> {
         let socket = self.runtime.join(format!("{name}.qmp"));
         if socket.exists() {
             fs::remove_file(&socket)?;
         }
-        let mut command = self.qemu_command(Vmm::QemuRom, setup);
+        let mut command = self.qemu_command(Vmm::QemuRom, setup, memory);
         command.args(["-serial", "stdio", "-qmp"]);
         command.arg(format!("unix:{},server=on,wait=off", socket.display()));
         if incoming {
@@ -171,17 +196,16 @@ impl Tools {
         Ok(guest)
     }
 
-    fn qemu_command(&self, vmm: Vmm, setup: &Setup) -> Command {
+    fn qemu_command(&self, vmm: Vmm, setup: &Setup, memory: QemuMemory) -> Command {
         let file = |name| self.runtime.join(name);
         let mut command = Command::new(QEMU);
-        // As in beacon's README. Memory is a memfd, as minivmm's is, so that the two are
-        // accounted in the same way.
+        // As in beacon's README.
         command
             .args(["-enable-kvm", "-cpu", "host,-arch-capabilities"])
             .args(["-machine", "microvm,memory-backend=ram"])
             .args(["-m", &setup.memory_mib.to_string(), "-smp", &setup.cpus.to_string()])
             .arg("-object")
-            .arg(format!("memory-backend-memfd,id=ram,size={}M,share=on", setup.memory_mib))
+            .arg(format!("{},id=ram,size={}M", memory.backend(), setup.memory_mib))
             .arg("-kernel")
             .arg(file("beacon.elf"))
             .args(["-append", &setup.cmdline])

@@ -1,8 +1,8 @@
 //! What must not cost: RAM that is not in use, and having been moved before.
 
+use ::tests::bench::{Guest, Result};
 use serde::Serialize;
 use serde_json::json;
-use tests::bench::{Guest, Result};
 
 use crate::run::{self, NAME};
 use crate::sample::{Quantity, Runs, Sample, SWITCH_GAP, TOTAL, WIRE};
@@ -58,6 +58,15 @@ pub struct Growth {
     pub error: Option<String>,
 }
 
+/// Whether growth of its process can be measured.
+pub fn can_grow(subject: Subject) -> bool {
+    match subject {
+        Subject::Minivmm { connections } => connections == 1,
+        Subject::Qemu { multifd: None, .. } => subject.is_memfd(),
+        _ => false,
+    }
+}
+
 /// Moves a guest `moves` times.
 pub fn growth(bench: &Bench, subject: Subject, moves: usize) -> Growth {
     let mut growth = Growth { subject, overhead_mib: Vec::new(), error: None };
@@ -87,7 +96,8 @@ fn chain(bench: &Bench, growth: &mut Growth, moves: usize) -> Result<()> {
     guest.end()
 }
 
-/// The guest's memory is shared memory in both VMMs.
+/// Only where the guest's memory is shared memory is it told from the process' own: see
+/// [`can_grow`].
 fn overhead_mib(guest: &Guest) -> Result<f64> {
     Ok((guest.status("RssAnon")? + guest.status("RssFile")?) / 1024.0)
 }

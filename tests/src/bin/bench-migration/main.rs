@@ -28,8 +28,8 @@ use std::fs;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
+use ::tests::bench::{cpu_model, first_line, load_average, Result, Tools, Vmm, GUEST_ERROR};
 use serde_json::json;
-use tests::bench::{cpu_model, first_line, load_average, Result, Tools, Vmm, GUEST_ERROR};
 
 use options::{Options, Part};
 use sample::{Quantity, Sample};
@@ -102,7 +102,7 @@ fn private_network(arguments: &[String]) -> bool {
     false
 }
 
-/// Progress, and what is left.
+/// How far it is.
 struct Progress {
     begin: Instant,
     done: f64,
@@ -110,11 +110,7 @@ struct Progress {
 }
 
 impl Progress {
-    fn step(&mut self, weight: f64) {
-        self.done += weight;
-    }
-
-    /// Minutes, from how long it took so far.
+    /// Minutes that are left, from how long it took so far.
     fn left(&self) -> String {
         let rate = match self.done {
             done if done > 0.0 => self.begin.elapsed().as_secs_f64() / done,
@@ -124,10 +120,66 @@ impl Progress {
     }
 }
 
+/// A guest and what is done with it.
+type Turn = (Cell, Subject);
+
+/// What is measured in which order.
+struct Plan {
+    /// Of each cell; they are compared within it.
+    cells: Vec<Vec<Turn>>,
+    idle: Vec<Turn>,
+    growth: Vec<Subject>,
+    moves: usize,
+}
+
+impl Plan {
+    fn new(options: &Options, subjects: &[Subject]) -> Self {
+        let wants = |part| options.parts.contains(&part);
+        let mut plan = Self { cells: vec![], idle: vec![], growth: vec![], moves: 20 };
+        if options.quick {
+            plan.moves = 8;
+        }
+        if wants(Part::Cells) {
+            let fits = |cell: Cell, subject| {
+                subject != Subject::RawCopy || cell.ws_mib >= RAW_COPY_MIB || options.quick
+            };
+            let turns = |cell: &Cell| {
+                let subjects = subjects.iter().filter(|subject| fits(*cell, **subject));
+                subjects.map(|subject| (*cell, *subject)).collect()
+            };
+            plan.cells = options.cells.iter().map(turns).collect();
+        }
+        if wants(Part::Idle) {
+            // QEMU is nobody's measure here.
+            let ours = subjects.iter().filter(|subject| subject.is_minivmm());
+            let turns = |subject: &Subject| {
+                let subject = *subject;
+                extra::idle_cells(options.quick).map(|cell| (cell, subject))
+            };
+            plan.idle = ours.flat_map(turns).collect();
+        }
+        if wants(Part::Growth) {
+            plan.growth = subjects.to_vec();
+            plan.growth.retain(|subject| extra::can_grow(*subject));
+        }
+        plan
+    }
+
+    /// Seconds, roughly.
+    fn seconds(&self, options: &Options) -> f64 {
+        let turns = self.cells.iter().flatten().chain(&self.idle);
+        let once: f64 = turns.map(|(cell, _)| seconds(*cell, options.quick)).sum();
+        once * (options.runs as f64 + 1.0) + self.growth_seconds() * self.growth.len() as f64
+    }
+
+    fn growth_seconds(&self) -> f64 {
+        self.moves as f64
+    }
+}
+
 /// Seconds that a run takes, roughly: boot, window, verification.
-fn seconds(bench: &Bench, cell: Cell) -> f64 {
-    let window: Duration = run::window(cell, bench.quick);
-    window.as_secs_f64() + 0.9 + cell.ws_mib as f64 / 350.0
+fn seconds(cell: Cell, quick: bool) -> f64 {
+    run::window(cell, quick).as_secs_f64() + 0.9 + cell.ws_mib as f64 / 350.0
 }
 
 /// Results of all parts.
@@ -141,93 +193,69 @@ struct Results {
 fn bench(options: &Options, arguments: &[String]) -> Result<bool> {
     let private_network = private_network(arguments);
     let tools = Tools::new(&std::env::temp_dir())?;
-    let lacks = minivmm::lacks(&tools);
-    let qemu = tools.qemu.clone();
-    let mut subjects = options.subjects.clone();
-    for (missing, theirs) in [
-        (lacks.clone(), Subject::is_minivmm as fn(Subject) -> bool),
-        (qemu.clone().err(), Subject::is_qemu),
-    ] {
-        if let Some(why) = missing.filter(|_| subjects.iter().any(|s| theirs(*s))) {
-            println!("Not measured: {why}.\n");
-            subjects.retain(|subject| !theirs(*subject));
-        }
-    }
+    let (subjects, qemu) = available(options, &tools);
     // The guest that stays is run by who is measured.
-    let by_minivmm = subjects.iter().any(|s| s.is_minivmm()) || qemu.is_err();
+    let by_minivmm = subjects.iter().any(|s| s.is_minivmm()) || tools.qemu.is_err();
     let without_migration = if by_minivmm { Vmm::Minivmm } else { Vmm::QemuRom };
     let bench = Bench { tools, without_migration, private_network, quick: options.quick };
 
-    let of_cell = |cell: &Cell| {
-        let mut subjects = subjects.clone();
-        subjects.retain(|s| *s != Subject::RawCopy || cell.ws_mib >= RAW_COPY_MIB);
-        subjects
-    };
-    let mut idle_subjects = subjects.clone();
-    // QEMU reads all RAM, which makes it resident: 32 GiB for the two processes.
-    idle_subjects.retain(|subject| subject.is_minivmm());
-    let mut movers = subjects.clone();
-    movers.retain(|s| {
-        matches!(s, Subject::Minivmm { connections: 1 } | Subject::Qemu { multifd: None })
-    });
-    let moves = if options.quick { 8 } else { 20 };
-
-    let mut progress = Progress { begin: Instant::now(), done: 0.0, all: 0.0 };
-    let runs = options.runs as f64 + 1.0;
-    let wants = |part| options.parts.contains(&part);
-    if wants(Part::Cells) {
-        let cost = |cell: &Cell| runs * seconds(&bench, *cell) * of_cell(cell).len() as f64;
-        progress.all += options.cells.iter().map(cost).sum::<f64>();
-    }
-    if wants(Part::Idle) {
-        let cells = extra::idle_cells(options.quick);
-        let cost = cells.iter().map(|cell| seconds(&bench, *cell)).sum::<f64>();
-        progress.all += runs * idle_subjects.len() as f64 * cost;
-    }
-    let growth_cost = moves as f64;
-    if wants(Part::Growth) {
-        progress.all += growth_cost * movers.len() as f64;
-    }
+    let plan = Plan::new(options, &subjects);
+    let all = plan.seconds(options);
+    let mut progress = Progress { begin: Instant::now(), done: 0.0, all };
     eprintln!("{}", progress.left());
-
     let mut results = Results::default();
-    if wants(Part::Cells) {
-        for cell in &options.cells {
-            let turns: Vec<_> = of_cell(cell).into_iter().map(|s| (*cell, s)).collect();
-            let load = measure(&bench, options, &turns, &mut progress, &mut results);
-            println!("{}", table::cell(&results.samples, *cell, &sample::COLUMNS, &load));
-            results.verdicts.extend(verdict::of_cell(&results.samples, *cell));
-        }
+    for turns in plan.cells.iter().filter(|turns| !turns.is_empty()) {
+        let load = measure(&bench, options, turns, &mut progress, &mut results);
+        let cell = turns[0].0;
+        println!("{}", table::cell(&results.samples, cell, &sample::COLUMNS, &load));
+        results.verdicts.extend(verdict::of_cell(&results.samples, cell));
     }
-    if wants(Part::Idle) && !idle_subjects.is_empty() {
+    if !plan.idle.is_empty() {
+        let load = measure(&bench, options, &plan.idle, &mut progress, &mut results);
         let cells = extra::idle_cells(options.quick);
-        let turns: Vec<_> =
-            idle_subjects.iter().flat_map(|s| cells.map(|cell| (cell, *s))).collect();
-        let load = measure(&bench, options, &turns, &mut progress, &mut results);
         for cell in cells {
             println!("{}", table::cell(&results.samples, cell, &sample::COLUMNS, &load));
         }
         results.verdicts.extend(extra::idle_verdicts(&results.samples, cells));
     }
-    if wants(Part::Growth) {
-        for subject in movers {
-            eprintln!("{subject}: {moves} moves; {}", progress.left());
-            let growth = extra::growth(&bench, subject, moves);
-            shout(growth.error.as_deref());
-            results.verdicts.push(growth.verdict());
-            results.growth.push(growth);
-            progress.step(growth_cost);
-        }
+    for subject in &plan.growth {
+        eprintln!("{subject}: {} moves; {}", plan.moves, progress.left());
+        let growth = extra::growth(&bench, *subject, plan.moves);
+        shout(growth.error.as_deref());
+        results.verdicts.push(growth.verdict());
+        results.growth.push(growth);
+        progress.done += plan.growth_seconds();
     }
-    let qemu = qemu.unwrap_or_else(|why| format!("no QEMU: {why}"));
     conclude(&bench, options, &results, &qemu, progress.begin.elapsed())
+}
+
+/// Those subjects that can be measured here, and which QEMU it is.
+fn available(options: &Options, tools: &Tools) -> (Vec<Subject>, String) {
+    let mut subjects = options.subjects.clone();
+    let mut without = |theirs: fn(Subject) -> bool, why: &str| {
+        if subjects.iter().any(|subject| theirs(*subject)) {
+            println!("Not measured: {why}.\n");
+            subjects.retain(|subject| !theirs(*subject));
+        }
+    };
+    if let Some(why) = minivmm::lacks(tools) {
+        without(Subject::is_minivmm, &why);
+    }
+    let qemu = match &tools.qemu {
+        Ok(version) => version.clone(),
+        Err(why) => {
+            without(Subject::is_qemu, why);
+            "no QEMU".to_owned()
+        }
+    };
+    (subjects, qemu)
 }
 
 /// Runs all turns, a different one first each time. Gives the load averages around them.
 fn measure(
     bench: &Bench,
     options: &Options,
-    turns: &[(Cell, Subject)],
+    turns: &[Turn],
     progress: &mut Progress,
     results: &mut Results,
 ) -> String {
@@ -237,7 +265,7 @@ fn measure(
         for turn in 0..turns.len() {
             let which = (run + turn) % turns.len();
             let (cell, subject) = turns[which];
-            progress.step(seconds(bench, cell));
+            progress.done += seconds(cell, options.quick);
             if failures[which] >= FAILURES {
                 continue;
             }
@@ -338,6 +366,7 @@ fn notes(bench: &Bench, options: &Options, qemu: &str, took: Duration) -> Result
          switch gap: by the guest's TSC. other gap: the largest other one in the window, which ends at the same time for all. \
          total: from the order (making the process `minivmm migrate`; QMP `migrate`) until the source has let go (the end of that process; \
          QMP event `completed`). told: what the VMM says itself. \
+         guest runs there: from the order until the guest's first turn at the destination. \
          wire: all bytes on lo, headers and acknowledgements included. CPU: between order and end, the guest's vCPU included, in ticks of 10 ms; \
          `minivmm migrate` counts as part of the source. work, lost: pages written in the window of those intended, and the time of the missing ones.\n",
         options.runs,

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
+use ::tests::bench::{Guest, Result, Tools, Wiring};
 use serde_json::Value;
-use tests::bench::{Guest, Result, Tools, Wiring};
 
 use crate::subject::{Incoming, Moved, Told};
 

@@ -1,9 +1,9 @@
 //! QEMU's migration by its monitor.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use ::tests::bench::{Guest, QemuMemory, Qmp, Result, Setup, Tools};
 use serde_json::{json, Value};
-use tests::bench::{Guest, Qmp, Result, Setup, Tools};
 
 use crate::subject::{Incoming, Moved, Subject, Told};
 
@@ -12,16 +12,19 @@ pub const DOWNTIME_LIMIT_MS: u64 = 30;
 /// Bytes per second; far beyond what can be.
 const UNLIMITED: u64 = 100 << 30;
 
+/// Longest wait for its figures.
+const TELLS: Duration = Duration::from_secs(5);
+
 /// Boots beacon, ready to be migrated.
 pub fn boot(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Result<Guest> {
-    let mut guest = tools.qemu_movable(name, setup, false)?;
+    let mut guest = tools.qemu_movable(name, setup, memory(subject), false)?;
     prepare(guest.qmp()?, subject)?;
     Ok(guest)
 }
 
 /// A QEMU that listens.
 pub fn receive(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Result<Incoming> {
-    let mut guest = tools.qemu_movable(name, setup, true)?;
+    let mut guest = tools.qemu_movable(name, setup, memory(subject), true)?;
     let qmp = guest.qmp()?;
     prepare(qmp, subject)?;
     qmp.command("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
@@ -33,6 +36,13 @@ pub fn receive(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Re
     }
 }
 
+fn memory(subject: Subject) -> QemuMemory {
+    match subject {
+        Subject::Qemu { memory, .. } => memory,
+        _ => QemuMemory::Memfd,
+    }
+}
+
 /// Both sides need the same.
 fn prepare(qmp: &mut Qmp, subject: Subject) -> Result<()> {
     let mut capabilities = vec![json!({ "capability": "events", "state": true })];
@@ -40,7 +50,7 @@ fn prepare(qmp: &mut Qmp, subject: Subject) -> Result<()> {
         "max-bandwidth": UNLIMITED,
         "downtime-limit": DOWNTIME_LIMIT_MS,
     });
-    if let Subject::Qemu { multifd: Some(channels) } = subject {
+    if let Subject::Qemu { multifd: Some(channels), .. } = subject {
         capabilities.push(json!({ "capability": "multifd", "state": true }));
         parameters["multifd-channels"] = json!(channels);
     }
@@ -56,8 +66,23 @@ pub fn migrate(source: &mut Guest, to: &str) -> Result<Moved> {
     qmp.command("migrate", json!({ "uri": format!("tcp:{to}") }))?;
     ended(qmp)?;
     let outside = begin.elapsed();
-    let told = understand(qmp.command("query-migrate", json!({}))?);
+    let told = told(qmp)?;
     Ok(Moved { outside, told })
+}
+
+/// QEMU's own figures. It works them out after the event.
+fn told(qmp: &mut Qmp) -> Result<Told> {
+    let begin = Instant::now();
+    loop {
+        let all = qmp.command("query-migrate", json!({}))?;
+        if all["total-time"].as_u64().is_some_and(|ms| ms > 0) {
+            return Ok(understand(all));
+        }
+        if begin.elapsed() > TELLS {
+            return Err(format!("QEMU does not say how long it took: {all}").into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Waits until a destination knows that it has the guest.

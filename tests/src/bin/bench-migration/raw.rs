@@ -7,8 +7,8 @@ use std::os::fd::AsFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ::tests::bench::Result;
 use migration::volatile_io;
-use tests::bench::Result;
 use vmm::memory::{GuestRam, PAGE_SIZE};
 
 const BLOCK: u64 = 1 << 20;

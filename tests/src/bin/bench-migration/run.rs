@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use ::tests::bench::{loopback_bytes, CpuMeter, CpuUsed, Guest, Result, GUEST_ERROR};
 use serde_json::Value;
-use tests::bench::{loopback_bytes, CpuMeter, CpuUsed, Guest, Result, GUEST_ERROR};
 
 use crate::raw::RawCopy;
 use crate::sample::{self, Sample};
@@ -77,13 +77,16 @@ fn migration(bench: &Bench, sample: &mut Sample) -> Result<()> {
     let window = Window::begin(bench, sample, pids.clone(), &mut source)?;
     let wire = loopback_bytes();
     let cpu = CpuMeter::begin(&pids)?;
+    let clocks = Clocks::now();
     let moved = subject.migrate(&bench.tools, &mut source, NAME, &incoming.address)?;
     let used = cpu.used(&pids)?;
+    tell(sample, &moved, &used);
+    let switch = incoming.arrived(subject)?;
+    sample.set(sample::ARRIVAL, switch["tsc"].as_u64().and_then(|tsc| clocks.seconds_until(tsc)));
+    // Now, since a source that has let go may have left much in its socket.
     if let (true, Ok(before), Ok(after)) = (bench.private_network, wire, loopback_bytes()) {
         sample.set(sample::WIRE, after.saturating_sub(before) as f64 / MIB);
     }
-    tell(sample, &moved, &used);
-    incoming.arrived(subject)?;
     window.end(sample, &mut incoming.guest)?;
     switched(sample)?;
     verify(sample, &mut incoming.guest)?;
@@ -104,6 +107,31 @@ fn tell(sample: &mut Sample, moved: &Moved, used: &CpuUsed) {
     sample.set(sample::CPU_SOURCE, used.processes.first().map(|cpu| cpu + used.own));
     sample.set(sample::CPU_DESTINATION, used.processes.get(1).copied());
     sample.vmm = told.all.clone();
+}
+
+/// A moment by two clocks.
+#[derive(Debug, Clone, Copy)]
+struct Clocks {
+    at: Instant,
+    tsc: u64,
+}
+
+impl Clocks {
+    fn now() -> Self {
+        Self { at: Instant::now(), tsc: vmm::kvm::host_tsc() }
+    }
+
+    /// Time until the TSC was `tsc`; nothing if it never was since, as when a guest has a TSC of its
+    /// own.
+    fn seconds_until(self, tsc: u64) -> Option<f64> {
+        self.between(tsc, Self::now())
+    }
+
+    fn between(self, tsc: u64, now: Self) -> Option<f64> {
+        let (passed, all) = (tsc.checked_sub(self.tsc)?, now.tsc.checked_sub(self.tsc)?);
+        let seconds = (now.at - self.at).as_secs_f64() * passed as f64 / all as f64;
+        Some(seconds).filter(|_| passed < all)
+    }
 }
 
 /// Time in which the guest is observed.
@@ -192,6 +220,15 @@ mod tests {
         assert_eq!(sample.get(sample::RATE), Some(7500.0));
         assert_eq!(sample.get(sample::WORK), Some(75.0));
         assert_eq!(sample.get(sample::LOST), Some(500.0));
+    }
+
+    #[test]
+    fn a_tsc_becomes_a_time_between_two_others() {
+        let begin = Clocks { at: Instant::now(), tsc: 1000 };
+        let now = Clocks { at: begin.at + Duration::from_secs(2), tsc: 5000 };
+        assert_eq!(begin.between(2000, now), Some(0.5));
+        assert_eq!(begin.between(999, now), None);
+        assert_eq!(begin.between(5000, now), None);
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use ::tests::bench::median;
 use serde::Serialize;
 use serde_json::Value;
-use tests::bench::median;
 
 use crate::subject::{Cell, Subject};
 
@@ -29,7 +29,9 @@ pub const SWITCH_GAP: Quantity = quantity("switch_gap_ms", "switch gap ms", 1);
 pub const OTHER_GAP: Quantity = quantity("other_gap_ms", "other gap ms", 1);
 /// From the order until the source is known to have let go.
 pub const TOTAL: Quantity = quantity("total_s", "total s", 3);
-/// The same as the VMM says.
+/// From the order until the guest runs at the destination, by the host's TSC if the guest has it.
+pub const ARRIVAL: Quantity = quantity("arrival_s", "guest runs there s", 3);
+/// The total as the VMM says.
 pub const TOLD_TOTAL: Quantity = quantity("told_total_s", "told s", 3);
 /// The pause as the VMM says.
 pub const TOLD_DOWNTIME: Quantity = quantity("told_downtime_ms", "told downtime ms", 1);
@@ -55,12 +57,13 @@ pub const ROUNDS: Quantity = quantity("rounds", "rounds", 0);
 pub const THROUGHPUT: Quantity = quantity("first_pass_mib_per_s", "first pass MiB/s", 0);
 
 /// The columns of a cell's table.
-pub const COLUMNS: [Quantity; 15] = [
+pub const COLUMNS: [Quantity; 16] = [
     SWITCH_GAP,
     OTHER_GAP,
     TOLD_DOWNTIME,
     TOTAL,
     TOLD_TOTAL,
+    ARRIVAL,
     WIRE,
     TOLD_WIRE,
     CPU_SOURCE,

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use ::tests::bench::{Guest, QemuMemory, Result, Setup, Tools, Vmm};
 use serde::Serialize;
-use tests::bench::{Guest, Result, Setup, Tools, Vmm};
 
 use crate::{minivmm, qemu};
 
@@ -24,18 +24,22 @@ pub enum Subject {
     Qemu {
         /// Channels of multifd; `None` without multifd.
         multifd: Option<u8>,
+        /// What guest memory is.
+        memory: QemuMemory,
     },
 }
 
 impl Subject {
     /// All, in the order of tables.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Baseline,
         Self::RawCopy,
         Self::Minivmm { connections: 1 },
         Self::Minivmm { connections: 4 },
-        Self::Qemu { multifd: None },
-        Self::Qemu { multifd: Some(4) },
+        Self::Qemu { multifd: None, memory: QemuMemory::Anonymous },
+        Self::Qemu { multifd: Some(4), memory: QemuMemory::Anonymous },
+        Self::Qemu { multifd: None, memory: QemuMemory::Memfd },
+        Self::Qemu { multifd: Some(4), memory: QemuMemory::Memfd },
     ];
 
     /// What `--subjects` calls it.
@@ -44,17 +48,20 @@ impl Subject {
             Self::Baseline => "baseline".into(),
             Self::RawCopy => "raw-copy".into(),
             Self::Minivmm { connections } => format!("minivmm-{connections}"),
-            Self::Qemu { multifd: None } => "qemu-precopy".into(),
-            Self::Qemu { multifd: Some(_) } => "qemu-multifd".into(),
+            Self::Qemu { multifd, memory } => {
+                let how = if multifd.is_some() { "multifd" } else { "precopy" };
+                let memory = if memory == QemuMemory::Memfd { "-memfd" } else { "" };
+                format!("qemu-{how}{memory}")
+            }
         }
     }
 
-    /// Those that a word of `--subjects` means: one, or all of a VMM.
+    /// Those that a word of `--subjects` means: one, or a VMM with its defaults.
     pub fn named(word: &str) -> Vec<Self> {
         let mut named = Self::ALL.to_vec();
         named.retain(|subject| match word {
             "minivmm" => subject.is_minivmm(),
-            "qemu" => subject.is_qemu(),
+            "qemu" => subject.is_qemu() && !subject.is_memfd(),
             _ => subject.key() == word,
         });
         named
@@ -68,6 +75,11 @@ impl Subject {
     /// Whether it is QEMU's.
     pub fn is_qemu(self) -> bool {
         matches!(self, Self::Qemu { .. })
+    }
+
+    /// Whether it is QEMU with memory like minivmm's.
+    pub fn is_memfd(self) -> bool {
+        matches!(self, Self::Qemu { memory: QemuMemory::Memfd, .. })
     }
 
     /// The VMM that runs its guest, if that is `without` for those that need none.
@@ -115,8 +127,16 @@ impl fmt::Display for Subject {
             Self::RawCopy => write!(f, "raw TCP copy"),
             Self::Minivmm { connections: 1 } => write!(f, "minivmm, 1 connection"),
             Self::Minivmm { connections } => write!(f, "minivmm, {connections} connections"),
-            Self::Qemu { multifd: None } => write!(f, "QEMU pre-copy"),
-            Self::Qemu { multifd: Some(channels) } => write!(f, "QEMU multifd {channels}"),
+            Self::Qemu { multifd, memory } => {
+                match multifd {
+                    None => write!(f, "QEMU pre-copy")?,
+                    Some(channels) => write!(f, "QEMU multifd {channels}")?,
+                }
+                match memory {
+                    QemuMemory::Memfd => write!(f, ", memfd"),
+                    QemuMemory::Anonymous => Ok(()),
+                }
+            }
         }
     }
 }
@@ -250,7 +270,8 @@ mod tests {
     fn words_mean_one_or_all_of_a_vmm() {
         assert_eq!(Subject::named("minivmm").len(), 2);
         assert_eq!(Subject::named("qemu").len(), 2);
-        assert_eq!(Subject::named("qemu-precopy"), [Subject::Qemu { multifd: None }]);
+        let precopy = Subject::Qemu { multifd: None, memory: QemuMemory::Anonymous };
+        assert_eq!(Subject::named("qemu-precopy"), [precopy]);
         assert_eq!(Subject::named("baseline"), [Subject::Baseline]);
         assert_eq!(Subject::named("xen"), []);
         for subject in Subject::ALL {

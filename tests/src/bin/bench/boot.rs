@@ -1,6 +1,6 @@
 //! Starting a guest, what the process then takes, and what exits cost.
 
-use tests::bench::{Better, Figure, Guest, Line, Result, Row, Setup, Vmm};
+use ::tests::bench::{Better, Figure, Guest, Line, Result, Row, Setup, Vmm};
 
 use crate::Bench;
 

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use tests::bench::{self, cpu_model, first_line, load_average, Result, Row, Tools};
+use ::tests::bench::{self, cpu_model, first_line, load_average, Result, Row, Tools};
 
 const USAGE: &str = "\
 Usage: bench [--quick] [--json FILE] [--dir DIR] [BENCH...]

@@ -6,8 +6,8 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use ::tests::bench::{sync, time_of, wall_ms, Better, Figure, Guest, Result, Row, Setup, Vmm};
 use serde_json::{json, Value};
-use tests::bench::{sync, time_of, wall_ms, Better, Figure, Guest, Result, Row, Setup, Vmm};
 use vmm::memory::{GuestRam, PAGE_SIZE};
 
 use crate::Bench;
