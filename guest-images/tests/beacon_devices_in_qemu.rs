@@ -46,13 +46,14 @@ fn windows(count: u64) -> String {
         .collect()
 }
 
+/// Starts a guest. QEMU 7.2 loses wide registers in a save on some KVMs: they are not checked.
 fn start(folder: &Path, options: &str, arguments: &[&str]) -> Guest {
     let arguments: Vec<String> = ["-global", "virtio-mmio.force-legacy=false"]
         .iter()
         .chain(arguments)
         .map(ToString::to_string)
         .collect();
-    let options = format!("ws=2 {options}{}", windows(5));
+    let options = format!("ws=2 pace=10 fpu=sse {options}{}", windows(5));
     Guest::start_in(folder.to_owned(), "microvm", 1, &options, &arguments)
 }
 
@@ -95,7 +96,7 @@ fn a_disk_is_verified_and_measured() {
             let folder = folder("disk");
             make_disk(&folder, 8);
             let options = format!(
-                "report=100 virtio={notify} disk=verify disk-bs={block} disk-op={op} disk-ws=1 \
+                "report=250 virtio={notify} disk=verify disk-bs={block} disk-op={op} disk-ws=1 \
                  disk-rate=max disk-discard=on disk-depth=8"
             );
             let mut guest = start(&folder, &options, &DISK);
@@ -153,6 +154,11 @@ fn damage_on_a_disk_is_found_and_named() {
         damage(803, &bytes);
         let error = guest.wait_for("disk-error");
         assert_eq!((&error["kind"], &error["sector"]), (&kind.into(), &803.into()), "{error}");
+        // It is written anew when its turn comes.
+        let start = Instant::now();
+        while sector(803) == bytes {
+            assert!(start.elapsed() < Duration::from_secs(60), "{kind} stays");
+        }
     }
     guest.say("spoil 5");
     guest.wait_for("spoil");
@@ -168,11 +174,12 @@ fn an_error_of_a_disk_is_named() {
     make_disk(&folder, 4);
     let blockdev = r#"{"driver":"raw","node-name":"disk","file":{"driver":"blkdebug",
         "image":{"driver":"file","filename":"disk"},
-        "inject-error":[{"event":"read_aio","errno":5,"sector":88,"once":true}]}}"#;
+        "inject-error":[{"event":"read_aio","iotype":"read","errno":5,"sector":88,"once":true}]}}"#;
     let arguments =
         ["-blockdev", blockdev, "-device", "virtio-blk-device,drive=disk,serial=beacon-disk"];
+    // One at a time: QEMU merges neighbours, and all of them fail.
     let options =
-        "report=0 disk=verify disk-ws=1 disk-op=read disk-order=sequential disk-rate=5000";
+        "report=0 disk=verify disk-ws=1 disk-op=read disk-order=sequential disk-rate=5000 disk-depth=1";
     let mut guest = start(&folder, options, &arguments);
     let error = guest.wait_for("disk-error");
     assert_eq!((&error["kind"], &error["op"]), (&"status".into(), &"read".into()));
@@ -212,7 +219,7 @@ fn the_network_answers() {
             "user,id=net,hostfwd=udp:127.0.0.1:{udp}-:7,hostfwd=tcp:127.0.0.1:{echo}-:7,\
              hostfwd=tcp:127.0.0.1:{discard}-:9,hostfwd=tcp:127.0.0.1:{chargen}-:19"
         );
-        let options = format!("report=100 virtio={notify} ip=10.0.2.15/24 gw=10.0.2.2");
+        let options = format!("report=250 virtio={notify} ip=10.0.2.15/24 gw=10.0.2.2");
         let arguments = ["-netdev", &user, "-device", "virtio-net-device,netdev=net"];
         let mut guest = start(&folder("net"), &options, &arguments);
         assert_eq!(guest.wait_for("net")["mtu"], 1500);
@@ -264,7 +271,7 @@ fn what_the_network_loses_is_counted() {
     let host = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = host.local_addr().unwrap().port();
     host.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    let options = format!("report=100 ip=10.0.2.15/24 udp-to=10.0.2.2:{port} udp-rate=200");
+    let options = format!("report=250 ip=10.0.2.15/24 udp-to=10.0.2.2:{port} udp-rate=200");
     let arguments = ["-netdev", "user,id=net", "-device", "virtio-net-device,netdev=net"];
     let mut guest = start(&folder("loss"), &options, &arguments);
     guest.wait_for("ready");
@@ -370,16 +377,15 @@ fn arp_ping_and_announcements() {
         (&gratuitous[28..32], &gratuitous[38..42]),
         (&[10, 9, 8, 7][..], &[10, 9, 8, 7][..])
     );
-    // The device asks again only after the first was acknowledged.
-    for count in 1..=2 {
-        assert_eq!(guest.wait_for("announce")["count"], count);
-    }
+    assert_eq!(guest.wait_for("announce")["count"], 1);
+    guest.say("report");
+    assert_ne!(guest.wait_for("report")["net_announces_acked"], 0);
 }
 
 fn random_bytes_come() {
     let _guard = exclusive();
     for notify in ["poll", "irq"] {
-        let options = format!("report=100 virtio={notify} rng=on");
+        let options = format!("report=250 virtio={notify} rng=on");
         let mut guest = start(&folder("rng"), &options, &["-device", "virtio-rng-device"]);
         wait_until(&mut guest, |field| {
             field("rng_requests") > 5 && field("rng_bytes") == 64 * field("rng_requests")
@@ -390,7 +396,7 @@ fn random_bytes_come() {
 fn the_balloon_follows() {
     let _guard = exclusive();
     for notify in ["poll", "irq"] {
-        let options = format!("report=100 virtio={notify} balloon=on balloon-pool=8");
+        let options = format!("report=250 virtio={notify} balloon=on balloon-pool=8");
         let mut guest = start(&folder("balloon"), &options, &["-device", "virtio-balloon-device"]);
         assert_eq!(guest.wait_for("balloon")["pool_pages"], 2048);
         guest.wait_for("ready");
@@ -416,7 +422,7 @@ fn everything_survives_a_save() {
         let folder = folder("save");
         make_disk(&folder, 4);
         let options = format!(
-            "report=100 virtio={notify} disk=verify disk-ws=2 disk-rate=3000 disk-depth=8 rng=on \
+            "report=250 virtio={notify} disk=verify disk-ws=2 disk-rate=3000 disk-depth=8 rng=on \
              ip=10.0.2.15/24"
         );
         let mut arguments =
@@ -439,6 +445,8 @@ fn everything_survives_a_save() {
         drop(guest);
         arguments.extend(["-incoming", "exec:cat state"]);
         let mut guest = start(&second, &options, &arguments);
+        // Most likely the rest of a line.
+        guest.skip_line();
         let number = |report: &Value, key: &str| report[key].as_u64().unwrap();
         let keys = ["disk_verified", "disk_writes", "disk_flushes", "rng_requests"];
         let old: BTreeMap<_, _> = keys.iter().map(|key| (*key, number(&before, key))).collect();
@@ -452,7 +460,7 @@ fn an_attack_goes_on() {
     let _guard = exclusive();
     let folder = folder("attack");
     make_disk(&folder, 4);
-    let mut guest = start(&folder, "report=100 attack=1", &DISK);
+    let mut guest = start(&folder, "report=250 attack=1", &DISK);
     wait_until(&mut guest, |field| {
         field("attack_misdeeds") > 1000
             && field("attack_good") > 20

@@ -11,6 +11,7 @@
 
 pub mod address;
 mod clock;
+pub mod destination;
 pub mod handover;
 pub mod identity;
 pub mod journal;
@@ -29,7 +30,9 @@ pub mod vm;
 pub mod volatile_io;
 
 pub use address::{ClaimedRange, Gfn, Gpa, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
+pub use identity::{MigrationId, Token};
 pub use layout::{LayoutError, MemoryLayout};
+pub use link::Timing;
 pub use page_set::PageSet;
 pub use vm::{
     DestinationHost, DestinationMemory, DestinationVm, DirtySource, FirstTouch, GuestMemory, Mode,

@@ -67,10 +67,6 @@ impl MainLink {
         Ok(Self { writer, transport, closed: Mutex::new(false), closing: Condvar::new() })
     }
 
-    pub(crate) fn transport(&self) -> &Arc<dyn Transport> {
-        &self.transport
-    }
-
     /// Sends one record now.
     pub(crate) fn send<T: Payload + Serialize>(&self, value: &T) -> Result<(), StreamError> {
         self.write(|writer| writer.send(value))

@@ -284,7 +284,7 @@ pub enum FirstTouch {
 /// A VM that was made for an incoming migration. It is paused, its memory reads as zeros, and its
 /// disks are open but not owned.
 ///
-/// The engine loads state through [`VmState::load_sections`] and never saves it here. Dropping
+/// The engine loads state through [`DestinationVm::load_state`] and never saves it here. Dropping
 /// the last reference without [`DestinationVm::take_ownership`] must leave no trace.
 pub trait DestinationVm: DestinationMemory + VmState {
     /// How memory is best filled here.
@@ -292,7 +292,17 @@ pub trait DestinationVm: DestinationMemory + VmState {
         FirstTouch::default()
     }
 
-    /// How long [`VmState::load_sections`] will take; part of the source's predicted pause.
+    /// As [`VmState::load_sections`], for a guest that has been standing since `paused` while the
+    /// world went on: its clocks are to include the time away.
+    ///
+    /// # Errors
+    /// As there.
+    fn load_state(&self, sections: &[Section], paused: Instant) -> Result<(), VmError> {
+        let _ = paused;
+        self.load_sections(sections)
+    }
+
+    /// How long [`DestinationVm::load_state`] will take; part of the source's predicted pause.
     fn expected_load(&self) -> Duration {
         Duration::from_millis(1)
     }
@@ -335,6 +345,11 @@ pub trait DestinationHost: Send + Sync {
         offer: &Offer,
         blobs: Vec<Blob>,
     ) -> Result<Arc<dyn DestinationVm>, Vec<String>>;
+
+    /// The VM that was made for this migration will not run here: drop it.
+    fn discarded(&self, id: MigrationId) {
+        let _ = id;
+    }
 }
 
 /// How a VM is migrated.

@@ -132,6 +132,22 @@ unsafe fn is_zero_wide(page: *const u8) -> bool {
     (0..PAGE_BYTES / 8).all(|at| unsafe { words.add(at).read_volatile() } == 0)
 }
 
+/// Makes the kernel provide memory for all of `slice` (MADV_POPULATE_WRITE, madvise(2)), or only
+/// map what is there already and fill holes (MADV_POPULATE_READ). Contents do not change.
+///
+/// # Errors
+/// What madvise(2) says; `EINVAL` from kernels before 5.14.
+pub fn populate(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
+    let advice = if write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+    let guard = slice.ptr_guard_mut();
+    // SAFETY: the VolatileSlice promises that this memory is mapped for as long as it lives;
+    // populating changes neither its contents nor what it is.
+    match unsafe { libc::madvise(guard.as_ptr().cast(), slice.len(), advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Writes `head`, then all of `slices`, to a blocking descriptor. Goes on after partial writes
 /// and interruptions.
 ///

@@ -16,6 +16,9 @@ use crate::PATIENCE;
 /// Kept in step with `vmm::runtime_dir` by the tests that find their VMs through it.
 const RUNTIME_DIR: &str = "MINIVMM_RUNTIME_DIR";
 
+/// As above, with `vmm::state_dir`.
+const STATE_DIR: &str = "MINIVMM_STATE_DIR";
+
 /// The program under test: `$MINIVMM_BIN`, or `minivmm` in the directory of the profile that this
 /// test was built with.
 ///
@@ -25,9 +28,11 @@ const RUNTIME_DIR: &str = "MINIVMM_RUNTIME_DIR";
 pub fn binary() -> PathBuf {
     let path = std::env::var_os("MINIVMM_BIN").map_or_else(
         || {
-            // target/PROFILE/deps/TEST-HASH
-            let test = std::env::current_exe().unwrap();
-            test.parent().and_then(Path::parent).unwrap().join("minivmm")
+            // target/PROFILE/deps/TEST-HASH, or target/PROFILE/PROGRAM
+            let me = std::env::current_exe().unwrap();
+            let dir = me.parent().unwrap();
+            let dir = if dir.ends_with("deps") { dir.parent().unwrap() } else { dir };
+            dir.join("minivmm")
         },
         PathBuf::from,
     );
@@ -113,7 +118,10 @@ impl Host {
 
     /// Lets a command see this host's VMs and nothing of the tester's environment.
     pub fn environment(&self, command: &mut Command) {
-        command.env(RUNTIME_DIR, self.runtime_dir()).env_remove("RUST_LOG");
+        command
+            .env(RUNTIME_DIR, self.runtime_dir())
+            .env(STATE_DIR, self.dir.path().join("state"))
+            .env_remove("RUST_LOG");
     }
 
     /// Runs the program to its end.
@@ -178,6 +186,16 @@ impl Host {
             assert!(Instant::now() < deadline, "{name} does not answer: {}", vm.log());
             std::thread::yield_now();
         }
+    }
+
+    /// Waits for a VM that is migrated here, once; gives the address too.
+    #[track_caller]
+    pub fn receive(&self, args: &[&str]) -> (Vm, String) {
+        let mut vm =
+            self.launch(&[&["receive", "--listen", "127.0.0.1:0", "--once"], args].concat());
+        vm.console.may_begin_within_a_line();
+        let address = vm.listens_at();
+        (vm, address)
     }
 
     /// Starts a command that becomes a VM, with the console on pipes.

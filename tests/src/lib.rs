@@ -24,6 +24,7 @@ mod guest;
 mod host;
 pub mod lab;
 mod needs;
+pub mod network;
 mod process;
 mod snapshot;
 mod suite;
@@ -34,10 +35,10 @@ use std::time::Duration;
 pub use beacon::{goes_on, number, Console};
 pub use guest::Guest;
 pub use host::{binary, Host};
-pub use needs::{huge_pages, kvm, namespaces, root, HugePages};
+pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, HugePages};
 pub use process::{finish, wait, Collected, Finished};
 pub use snapshot::{Records, Snapshot};
-pub use suite::Suite;
+pub use suite::{Need, Suite};
 pub use vm::Vm;
 
 /// How long anything may take. Generous, since the machine may be slow and shared; nothing takes

@@ -32,6 +32,16 @@ pub fn namespaces() -> Need {
     }
 }
 
+/// Network namespaces with taps in them, away from the machine's own network.
+pub fn network_namespaces() -> Need {
+    let mut unshare = Command::new("unshare");
+    let status = unshare.args(["-n", "--", "ip", "tuntap", "add", "dev", "t", "mode", "tap"]);
+    match status.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        _ => Err("needs network namespaces, taps and the program ip".into()),
+    }
+}
+
 /// Huge pages can be reserved.
 pub fn huge_pages() -> Need {
     HugePages::reserve(1).map(drop)

@@ -111,6 +111,23 @@ impl Vm {
         }
     }
 
+    /// Where it listens for VMs.
+    #[track_caller]
+    pub fn listens_at(&self) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let log = self.log();
+            let lines = log.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+            let mut found =
+                lines.filter_map(|line| line.split_once("listening on ")?.1.lines().next());
+            if let Some(address) = found.next() {
+                return address.to_owned();
+            }
+            assert!(Instant::now() < deadline, "it does not listen: {log}");
+            std::thread::yield_now();
+        }
+    }
+
     /// What it wrote to standard error so far.
     #[must_use]
     pub fn log(&self) -> String {

@@ -7,6 +7,8 @@ use tests::{add, kvm, Guest, Host, Suite};
 
 #[path = "bad_input/api.rs"]
 mod api;
+#[path = "bad_input/devices.rs"]
+mod devices;
 #[path = "bad_input/machine.rs"]
 mod machine;
 #[path = "bad_input/snapshot.rs"]
@@ -18,6 +20,7 @@ fn main() -> ExitCode {
     machine::add(&mut suite, &kvm);
     snapshot::add(&mut suite, &kvm);
     api::add(&mut suite, &kvm);
+    devices::add(&mut suite, &kvm);
     add!(suite, &[&kvm];
         unmapped_accesses_are_ignored_and_counted,
         unmapped_accesses_of_any_guest_are_counted,

@@ -22,6 +22,8 @@
 //! A guest that breaks the rules of its queues breaks the device it broke them with: the device
 //! stops with DEVICE_NEEDS_RESET, it is counted, and the driver may reset it and begin again.
 
+#[cfg(test)]
+mod attacks;
 pub mod balloon;
 pub mod block;
 mod buffers;

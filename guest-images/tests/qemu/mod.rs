@@ -111,6 +111,11 @@ impl Guest {
         }
     }
 
+    /// Skips a line, whatever it is.
+    pub fn skip_line(&mut self) {
+        self.lines.recv_timeout(PATIENCE).unwrap();
+    }
+
     /// Skips to the next event of a name.
     pub fn wait_for(&mut self, event: &str) -> Value {
         loop {

@@ -137,7 +137,9 @@ impl HandOver {
             SourceAction::ResumeGuest => source.guest = Guest::Running,
             SourceAction::SendCommit => drop(state.network.insert(Message::Commit)),
             SourceAction::SendAbort => drop(state.network.insert(Message::AbortFromSource)),
-            SourceAction::Ask => drop(state.network.insert(Message::Query)),
+            SourceAction::Ask | SourceAction::Withdraw => {
+                state.network.insert(Message::Query);
+            }
             SourceAction::StartTracking
             | SourceAction::StopTracking
             | SourceAction::ReleaseOwnership

@@ -82,6 +82,8 @@ pub enum SourceAction {
     JournalHere,
     /// Let the guest go on, unless an operator paused it.
     ResumeGuest,
+    /// Tell the destination's host that it may drop the VM: ABORT may not have arrived.
+    Withdraw,
 }
 
 /// Whether the guest can go on.
@@ -91,7 +93,9 @@ fn lives(cause: Cause) -> bool {
 
 /// The one place that rolls back. `from` says how far it had gone.
 fn roll_back(from: SourcePhase, cause: Cause) -> (SourcePhase, Vec<SourceAction>) {
-    use SourceAction::{JournalHere, ReclaimOwnership, ResumeGuest, SendAbort, StopTracking};
+    use SourceAction::{
+        JournalHere, ReclaimOwnership, ResumeGuest, SendAbort, StopTracking, Withdraw,
+    };
     let mut actions = Vec::new();
     let gave_up_disks = matches!(from, SourcePhase::Committing | SourcePhase::Unresolved);
     if from != SourcePhase::Unresolved {
@@ -109,6 +113,10 @@ fn roll_back(from: SourcePhase, cause: Cause) -> (SourcePhase, Vec<SourceAction>
     let paused = gave_up_disks || from == SourcePhase::Stopping;
     if paused && lives(cause) {
         actions.push(ResumeGuest);
+    }
+    if from == SourcePhase::Stopping {
+        // The destination may have everything, and would keep it.
+        actions.push(Withdraw);
     }
     (SourcePhase::RolledBack, actions)
 }

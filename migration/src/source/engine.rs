@@ -12,29 +12,22 @@ use crate::journal::{EntryState, Journal, Side, SourceEntry};
 use crate::link::MainLink;
 use crate::page_set::PageSet;
 use crate::report::{Outcome, PauseReport, Progress, Report, RoundReport};
-use crate::snapshot::{write_blob, Stop};
 use crate::source::pacer::Pacer;
-use crate::source::peer::{read_main, Message};
+use crate::source::peer::Message;
 use crate::source::predict::Predictor;
-use crate::source::resolve::ask_verdict;
-use crate::source::sender::{Pass, PassStats, SendError, Sender, Shared};
+use crate::source::resolve::{ask_verdict, AskError};
+use crate::source::sender::{Pass, PassStats, SendError, Shared};
 use crate::source::{Input, Offering, SourceControl, SourceOptions};
-use crate::stream::session::{Commit, Done, Hello, Join, Joined, OfferWire, ROLE_PAGES};
-use crate::stream::{
-    encode_layout, Problem, RecordReader, RecordType, RecordWriter, StreamError, StreamKind,
-};
-use crate::transport::{Connector, Stream, Transport};
+use crate::stream::session::{Commit, Done};
+use crate::stream::{Problem, StreamError};
+use crate::transport::{Connector, Transport};
 use crate::vm::{Mode, PauseReason, SourceVm, VmError};
 
-/// How often progress is told while pages are sent.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// First and longest wait between two questions for a verdict.
 const ASK_FIRST: Duration = Duration::from_millis(50);
 const ASK_LONGEST: Duration = Duration::from_secs(5);
 /// Between two tries to take disks back.
 const RECLAIM_INTERVAL: Duration = Duration::from_millis(500);
-/// How long an explanation may come after a connection broke.
-const EXPLANATION: Duration = Duration::from_millis(500);
 
 /// What the caller gave.
 pub(super) struct Surroundings<'scope, 'env> {
@@ -77,9 +70,9 @@ impl From<StreamError> for Failure {
 }
 
 /// A page connection and the thread that sends on it.
-struct SenderHandle {
-    passes: mpsc::Sender<Pass>,
-    transport: Arc<dyn Transport>,
+pub(super) struct SenderHandle {
+    pub(super) passes: mpsc::Sender<Pass>,
+    pub(super) transport: Arc<dyn Transport>,
 }
 
 /// What came in while waiting.
@@ -92,21 +85,21 @@ pub(super) enum Waited {
 pub(super) struct Engine<'scope, 'env, 'blob> {
     pub(super) around: Surroundings<'scope, 'env>,
     pub(super) offering: Offering<'blob>,
-    sender: mpsc::Sender<Input>,
-    inbox: mpsc::Receiver<Input>,
+    pub(super) sender: mpsc::Sender<Input>,
+    pub(super) inbox: mpsc::Receiver<Input>,
     pub(super) phase: SourcePhase,
-    link: Option<Arc<MainLink>>,
-    senders: Vec<SenderHandle>,
+    pub(super) link: Option<Arc<MainLink>>,
+    pub(super) senders: Vec<SenderHandle>,
     pub(super) shared: Arc<Shared>,
-    entry: Option<SourceEntry>,
-    token: Option<Token>,
+    pub(super) entry: Option<SourceEntry>,
+    pub(super) token: Option<Token>,
     /// Connections that the destination agreed to.
-    connections: u16,
-    cause: Cause,
-    reasons: Vec<String>,
-    started: Instant,
-    cpu_started: Duration,
-    setup: Duration,
+    pub(super) connections: u16,
+    pub(super) cause: Cause,
+    pub(super) reasons: Vec<String>,
+    pub(super) started: Instant,
+    pub(super) cpu_started: Duration,
+    pub(super) setup: Duration,
     /// Measured when the page connections joined.
     pub(super) round_trip: Duration,
     /// The destination's estimate for loading state.
@@ -126,12 +119,14 @@ pub(super) struct Engine<'scope, 'env, 'blob> {
     pub(super) pause_started: Option<Instant>,
     /// When the last part of the pause ended.
     pub(super) pause_mark: Instant,
-    cpu_destination: Option<Duration>,
-    ask_wait: Duration,
-    resolved: Option<Owner>,
-    detached: bool,
+    pub(super) cpu_destination: Option<Duration>,
+    /// A message that came before it was waited for.
+    pub(super) early: Option<Message>,
+    pub(super) ask_wait: Duration,
+    pub(super) resolved: Option<Owner>,
+    pub(super) detached: bool,
     /// Bytes and time at the last progress.
-    told: (u64, Instant),
+    pub(super) told: (u64, Instant),
 }
 
 impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
@@ -180,6 +175,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             pause_started: None,
             pause_mark: now,
             cpu_destination: None,
+            early: None,
             ask_wait: ASK_FIRST,
             resolved: None,
             detached: false,
@@ -311,6 +307,13 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             SourceAction::JournalHere => self.journal(EntryState::RunningHere),
             SourceAction::ReclaimOwnership => self.reclaim(),
             SourceAction::ResumeGuest => self.resume(),
+            SourceAction::Withdraw => {
+                // Once, and the guest runs: who cannot be reached keeps the VM until an operator
+                // says that it may go.
+                if let Err(error) = self.ask().unwrap_or(Ok(Verdict::Unknown)) {
+                    tracing::info!(%error, "the destination was not told");
+                }
+            }
         }
         Ok(())
     }
@@ -321,7 +324,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             let note = format!("the VM is here and paused: {error}; trying again");
             tracing::warn!("{note}");
             self.tell(Some(note));
-            let _ = self.wait_ignoring(RECLAIM_INTERVAL);
+            self.wait_ignoring(RECLAIM_INTERVAL);
             if self.detached {
                 self.reasons.push(error.to_string());
                 return;
@@ -362,144 +365,6 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         }
     }
 
-    /// Connects, offers, waits for the answer.
-    fn offer(&mut self) -> Result<SourceEvent, Failure> {
-        let around = &self.around;
-        let (options, id) = (around.options, around.control.id());
-        let timing = options.timing;
-        let address = around.connector.address();
-        let entry = around.journal.begin_source(id, &self.offering.name, &address);
-        self.entry = Some(entry.map_err(|error| Failure::new(Cause::Failed, error.to_string()))?);
-        let transport = self.connect()?;
-        let link = Arc::new(MainLink::open(Arc::clone(&transport))?);
-        self.link = Some(Arc::clone(&link));
-        let inbox = self.sender.clone();
-        let offered = options.connections;
-        self.spawn("mig-main-in", move || read_main(id, offered, transport, &inbox))?;
-        self.send_offer(&link)?;
-        self.spawn("mig-alive", move || link.keep_alive(timing.alive))?;
-        match self.wait_for_message(timing.accept, "answer the offer")? {
-            Message::Accept { token, connections } => {
-                if let Some(entry) = &mut self.entry {
-                    entry
-                        .set_token(&token)
-                        .map_err(|error| Failure::new(Cause::Failed, error.to_string()))?;
-                }
-                self.token = Some(token);
-                self.connections = connections;
-                Ok(SourceEvent::Accepted)
-            }
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    fn send_offer(&self, link: &MainLink) -> Result<(), Failure> {
-        let around = &self.around;
-        let options = around.options;
-        let populated_pages = around.vm.populated()?.count();
-        let offering = &self.offering;
-        link.write(|out| -> Result<(), Failure> {
-            out.send(&Hello {
-                id: around.control.id().0,
-                program: env!("CARGO_PKG_VERSION"),
-                features: 0,
-            })?;
-            for (record_type, payload) in [
-                (RecordType::Machine, offering.machine.encode()),
-                (RecordType::Config, offering.config.encode()),
-                (RecordType::Layout, encode_layout(around.vm.layout())),
-            ] {
-                let payload = payload.map_err(|problem| out.error(problem))?;
-                out.write(record_type, &[&payload])?;
-            }
-            out.send(&OfferWire {
-                name: &offering.name,
-                mode: options.mode as u16,
-                connections: options.connections,
-                verify: options.verify,
-                downtime_us: crate::report::as_micros(options.downtime),
-                populated_pages,
-                alive_ms: millis(options.timing.alive),
-                dead_ms: millis(options.timing.dead),
-                resources_version: offering.resources.version,
-                resources: &offering.resources.data,
-                blobs: offering.blobs.iter().map(|b| (b.kind as u16, b.length)).collect(),
-            })?;
-            Ok(())
-        })
-    }
-
-    /// Joins the page connections, sends the blobs, waits until the VM is made.
-    fn prepare(&mut self) -> Result<SourceEvent, Failure> {
-        for index in 0..self.connections {
-            if let Err(failure) = self.join(index) {
-                return Err(self.explained(failure));
-            }
-        }
-        let link = Arc::clone(self.link()?);
-        for blob in std::mem::take(&mut self.offering.blobs) {
-            let sent = link.write(|out| write_blob(out, blob));
-            if let Err(stop) = sent {
-                let failure = match stop {
-                    Stop::Stream(error) => error.into(),
-                    Stop::Other(error) => Failure::new(Cause::Failed, error.to_string()),
-                };
-                return Err(self.explained(failure));
-            }
-        }
-        match self.wait_for_message(self.around.options.timing.ready, "make the VM")? {
-            Message::Ready { load } => {
-                self.expected_load = load;
-                Ok(SourceEvent::Ready)
-            }
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    fn connect(&self) -> Result<Arc<dyn Transport>, Failure> {
-        let timing = &self.around.options.timing;
-        let connector = self.around.connector;
-        connector
-            .connect(timing.connect)
-            .and_then(|transport| {
-                // The peer speaks at least every `alive`, so silence is death.
-                transport.set_timeouts(Some(timing.dead), Some(timing.dead))?;
-                Ok(transport)
-            })
-            .map_err(|error| {
-                let address = connector.address();
-                Failure::new(Cause::Lost, format!("cannot connect to {address}: {error}"))
-            })
-    }
-
-    fn join(&mut self, index: u16) -> Result<(), Failure> {
-        let Some(token) = &self.token else {
-            return Err(Failure::new(Cause::Failed, "no token"));
-        };
-        let transport = self.connect()?;
-        let mut writer = RecordWriter::new(Stream(Arc::clone(&transport)), StreamKind::Pages)?;
-        let started = Instant::now();
-        let id = self.around.control.id().0;
-        writer.send(&Join { id, role: ROLE_PAGES, index, token: token.bytes() })?;
-        let mut answers = RecordReader::new(Stream(Arc::clone(&transport)), StreamKind::Pages)?;
-        let joined: Joined = answers.next_record()?.decode("JOINED")?;
-        if joined.index != index {
-            return Err(Failure::new(Cause::Protocol, "another page connection was joined"));
-        }
-        let round_trip = started.elapsed();
-        if index == 0 || round_trip < self.round_trip {
-            self.round_trip = round_trip;
-        }
-        let (passes, work) = mpsc::channel();
-        let inbox = self.sender.clone();
-        let shared = Arc::clone(&self.shared);
-        let sender = Sender::new(self.around.vm, shared, index, self.connections, writer);
-        self.spawn(&format!("mig-send-{index}"), move || sender.run(&work, &inbox))?;
-        self.senders.push(SenderHandle { passes, transport });
-        self.connection_bytes.push(0);
-        Ok(())
-    }
-
     fn await_resumed(&mut self) -> Result<SourceEvent, Failure> {
         match self.wait_for_message(self.around.options.timing.resumed, "resume the guest")? {
             Message::Resumed { own, resume, cpu } => {
@@ -518,177 +383,43 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
 
     /// Asks the destination's host once, then waits a little; or an operator decides.
     fn await_verdict(&mut self) -> SourceEvent {
-        let around = &self.around;
-        if let Some(token) = &self.token {
-            let (id, timeout) = (around.control.id(), around.options.timing.connect);
-            match ask_verdict(around.connector, id, token, Side::Destination, true, timeout) {
-                Ok(verdict @ (Verdict::RunningHere | Verdict::NotHere)) => {
-                    return SourceEvent::Verdict(verdict);
-                }
-                Ok(verdict) => {
-                    self.tell(Some(format!("the destination's host says {verdict:?}")));
-                }
-                Err(error) => self.tell(Some(error.to_string())),
+        match self.ask() {
+            Some(Ok(verdict @ (Verdict::RunningHere | Verdict::NotHere))) => {
+                return SourceEvent::Verdict(verdict);
             }
+            Some(Ok(verdict)) => {
+                self.tell(Some(format!("the destination's host says {verdict:?}")));
+            }
+            Some(Err(error)) => self.tell(Some(error.to_string())),
+            None => {}
         }
-        let _ = self.wait_ignoring(self.ask_wait);
+        self.wait_ignoring(self.ask_wait);
         self.ask_wait = (self.ask_wait * 2).min(ASK_LONGEST);
         let decided = self.resolved.or_else(|| self.entry.as_ref().and_then(|e| e.resolved()));
         decided.map_or(SourceEvent::NoVerdict, SourceEvent::Resolved)
+    }
+
+    /// Asks the destination's host, with reclaim. `None`: there was no token yet.
+    fn ask(&self) -> Option<Result<Verdict, AskError>> {
+        let token = self.token.as_ref()?;
+        let (id, timeout) = (self.around.control.id(), self.around.options.timing.connect);
+        Some(ask_verdict(self.around.connector, id, token, Side::Destination, true, timeout))
     }
 
     pub(super) fn link(&self) -> Result<&Arc<MainLink>, Failure> {
         self.link.as_ref().ok_or_else(|| Failure::new(Cause::Lost, "there is no connection"))
     }
 
-    fn spawn(&self, name: &str, job: impl FnOnce() + Send + 'scope) -> Result<(), Failure> {
+    pub(super) fn spawn(
+        &self,
+        name: &str,
+        job: impl FnOnce() + Send + 'scope,
+    ) -> Result<(), Failure> {
         thread::Builder::new()
             .name(name.to_owned())
             .spawn_scoped(self.around.scope, job)
             .map(drop)
             .map_err(|error| Failure::new(Cause::Failed, format!("no thread {name}: {error}")))
-    }
-
-    /// Hands a pass to all senders and waits until all have done it.
-    pub(super) fn pass(&mut self, pass: &Pass) -> Result<PassStats, Failure> {
-        self.begin_pass(pass)?;
-        self.finish_pass()
-    }
-
-    pub(super) fn begin_pass(&mut self, pass: &Pass) -> Result<(), Failure> {
-        self.round_pages = pass.pages.count();
-        self.shared.pages_done.store(0, Ordering::Relaxed);
-        for sender in &self.senders {
-            // A sender that ended has told why.
-            let _ = sender.passes.send(pass.clone());
-        }
-        Ok(())
-    }
-
-    pub(super) fn finish_pass(&mut self) -> Result<PassStats, Failure> {
-        let mut total = PassStats::default();
-        let mut left = self.senders.len();
-        while left > 0 {
-            match self.wait(Instant::now() + PROGRESS_INTERVAL)? {
-                Waited::PassDone(index, Ok(stats)) => {
-                    left -= 1;
-                    total.data_pages += stats.data_pages;
-                    total.zero_pages += stats.zero_pages;
-                    total.bytes += stats.bytes;
-                    total.waited = total.waited.max(stats.waited);
-                    if let Some(bytes) = self.connection_bytes.get_mut(usize::from(index)) {
-                        *bytes += stats.bytes;
-                    }
-                }
-                Waited::PassDone(index, Err(error)) => {
-                    let failure = match error {
-                        SendError::Stopped => Failure::new(Cause::Cancelled, "stopped"),
-                        SendError::Stream(error) => {
-                            let mut failure = Failure::from(error);
-                            for reason in &mut failure.reasons {
-                                *reason = format!("page connection {index}: {reason}");
-                            }
-                            failure
-                        }
-                    };
-                    return Err(self.explained(failure));
-                }
-                Waited::Peer(message) => return Err(unexpected(&message)),
-                Waited::Nothing => {
-                    self.check_time()?;
-                    self.tell(None);
-                }
-            }
-        }
-        self.data_pages += total.data_pages;
-        self.zero_pages += total.zero_pages;
-        Ok(total)
-    }
-
-    fn check_time(&self) -> Result<(), Failure> {
-        let options = self.around.options;
-        match options.limits.time {
-            Some(limit) if self.started.elapsed() > limit => {
-                let reason = format!("it is not done after the limit of {limit:?}");
-                Err(Failure::new(Cause::Deadline, reason))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The destination's own reason for what looks like a lost connection, if it comes soon.
-    pub(super) fn explained(&mut self, failure: Failure) -> Failure {
-        if failure.cause != Cause::Lost {
-            return failure;
-        }
-        let deadline = Instant::now() + EXPLANATION;
-        loop {
-            match self.wait(deadline) {
-                Err(better) if better.cause != Cause::Lost => return better,
-                Err(_) | Ok(Waited::Nothing) => return failure,
-                Ok(Waited::Peer(_) | Waited::PassDone(..)) => {}
-            }
-        }
-    }
-
-    pub(super) fn wait_for_message(
-        &mut self,
-        limit: Duration,
-        what: &str,
-    ) -> Result<Message, Failure> {
-        let deadline = Instant::now() + limit;
-        loop {
-            match self.wait(deadline)? {
-                Waited::Peer(message) => return Ok(message),
-                Waited::PassDone(..) => {}
-                Waited::Nothing => {
-                    let reason = format!("the destination did not {what} within {limit:?}");
-                    return Err(Failure::new(Cause::Deadline, reason));
-                }
-            }
-        }
-    }
-
-    /// Waits for something to happen, until `deadline`. What ends the migration is an error.
-    pub(super) fn wait(&mut self, deadline: Instant) -> Result<Waited, Failure> {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(input) = self.inbox.recv_timeout(left) else { return Ok(Waited::Nothing) };
-            match input {
-                Input::Peer(Message::Abort(text)) => {
-                    let reason = format!("the destination gave up: {text}");
-                    return Err(Failure::new(Cause::PeerAborted, reason));
-                }
-                Input::Peer(Message::Refuse(reasons)) => {
-                    return Err(Failure { cause: Cause::Refused, reasons });
-                }
-                Input::Peer(message) => return Ok(Waited::Peer(message)),
-                Input::Lost(cause, text) => return Err(Failure::new(cause, text)),
-                Input::PassDone { index, result } => return Ok(Waited::PassDone(index, result)),
-                Input::GiveUp(cause) if self.phase.can_cancel() => {
-                    let reason = match cause {
-                        Cause::GuestEnded => "the guest ended",
-                        _ => "cancelled at the source",
-                    };
-                    return Err(Failure::new(cause, reason));
-                }
-                Input::GiveUp(_) => {}
-                Input::Resolved(owner) => self.resolved = Some(owner),
-                Input::Detach => self.detached = true,
-            }
-        }
-    }
-
-    /// Waits when nothing that happens can end it.
-    fn wait_ignoring(&mut self, limit: Duration) -> Option<()> {
-        let deadline = Instant::now() + limit;
-        while !self.detached && self.resolved.is_none() {
-            match self.wait(deadline) {
-                Ok(Waited::Nothing) => return None,
-                Ok(_) | Err(_) => {}
-            }
-        }
-        Some(())
     }
 
     /// The time since the last call, as a part of the pause.
@@ -771,10 +502,6 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
     }
 }
 
-fn unexpected(message: &Message) -> Failure {
+pub(super) fn unexpected(message: &Message) -> Failure {
     Failure::new(Cause::Protocol, format!("the destination sent {message:?} too early"))
-}
-
-fn millis(duration: Duration) -> u32 {
-    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }

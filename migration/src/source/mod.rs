@@ -12,7 +12,9 @@
 //! decides when to pause.
 
 mod engine;
+mod handshake;
 mod pacer;
+mod passes;
 mod pause;
 mod peer;
 mod predict;
@@ -36,7 +38,7 @@ use crate::transport::Connector;
 use crate::vm::{Mode, SourceVm};
 
 pub use predict::{Limits, OnStall};
-pub use resolve::ask_verdict;
+pub use resolve::{ask_verdict, AskError};
 
 use sender::{PassStats, SendError, Shared};
 

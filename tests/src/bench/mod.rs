@@ -11,7 +11,7 @@ mod qmp;
 
 use std::error::Error;
 
-pub use figures::{json, markdown, median, Better, Figure, Row};
+pub use figures::{json, markdown, median, Better, Figure, Row, Target};
 pub use host::{cpu_model, first_line, load_average, loopback_bytes, CpuMeter, CpuUsed};
 pub use process::{sync, Guest, Line, QemuMemory, Setup, Tools, Vmm, Wiring, GUEST_ERROR, LIMIT};
 pub use qmp::{time_of, wall_ms, Qmp};

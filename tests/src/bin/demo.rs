@@ -1,4 +1,5 @@
-//! `make demo`: a guest runs, is saved, and goes on in another process, verified by itself.
+//! `make demo`: a guest under load moves, running, from one process to another, verified by both
+//! ends and by itself.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -30,7 +31,6 @@ fn main() -> ExitCode {
 fn demo() -> Result<()> {
     let minivmm = std::env::current_exe()?.with_file_name("minivmm");
     let folder = Folder::new()?;
-    let file = folder.0.join("demo.saved");
 
     say(
         "1. a guest with 2 vCPUs and 256 MiB writes and verifies memory; this is its own heartbeat",
@@ -39,22 +39,15 @@ fn demo() -> Result<()> {
     let mut first = Vm::start(&minivmm, &folder.0, &run)?;
     let before = first.show_reports(4)?;
 
-    say("2. `minivmm save` stops it, writes it to a file, and ends its process");
-    let report =
-        cli(&minivmm, &folder.0, &["save", NAME, &file.display().to_string(), "--stop", "--json"])?;
-    let number = |key: &str| report[key].as_f64().unwrap_or(f64::NAN);
-    println!(
-        "   {:.1} MiB in {:.0} ms: {} pages with contents; {} zero and {} untouched pages left out",
-        number("file_bytes") / f64::from(1 << 20),
-        number("total_ms"),
-        report["pages"],
-        report["zero_pages"],
-        report["absent_pages"]
-    );
+    say("2. another process waits for it (`minivmm receive`), and `minivmm migrate` moves it, running");
+    let receive = ["receive", "--listen", "127.0.0.1:0", "--once"];
+    let mut second = Vm::start(&minivmm, &folder.0, &receive)?;
+    let to = second.listens_at()?;
+    let report = cli(&minivmm, &folder.0, &["migrate", NAME, "--to", &to, "--verify", "--json"])?;
+    show_migration(&report);
     first.wait_for_end()?;
 
-    say("3. `minivmm restore` makes it again in a new process, where it goes on");
-    let mut second = Vm::start(&minivmm, &folder.0, &["restore", &file.display().to_string()])?;
+    say("3. its first process has ended; it goes on in the second one");
     let after = second.show_reports(4)?;
 
     say("4. the guest verifies every page it ever wrote");
@@ -66,7 +59,7 @@ fn demo() -> Result<()> {
     second.wait_for_end()?;
     println!("   {} pages verified, {} wrong", pass["pages"], pass["errors"]);
     println!(
-        "   the stop that it saw: {:.1} ms; its longest other gap: {:.1} ms; clocks fell back {} times",
+        "   the pause that it saw: {:.1} ms; its longest other gap: {:.1} ms; clocks fell back {} times",
         micros(&last, "switch_max_us") / 1e3,
         micros(&last, "gap_max_us") / 1e3,
         count(&last, "tsc_back") + count(&last, "clock_back"),
@@ -86,6 +79,27 @@ fn demo() -> Result<()> {
     Err(format!("the guest found {wrong} errors; went on: {went_on}; last report: {last}").into())
 }
 
+fn show_migration(report: &Value) {
+    let ms = |value: &Value| value.as_f64().unwrap_or(f64::NAN) / 1e3;
+    for round in report["rounds"].as_array().into_iter().flatten() {
+        println!(
+            "   round {}: {:6} pages in {:6.1} ms, {:5} written meanwhile; a pause now would be about {:.1} ms",
+            round["number"],
+            round["data_pages"],
+            ms(&round["duration_us"]),
+            round["dirty_pages"],
+            ms(&round["predicted_pause_us"]),
+        );
+    }
+    let pause = &report["pause"];
+    println!(
+        "   pause of {:.1} ms, {:.1} ms of it to compare hashes of all memory and load the state; {:.3} s in all",
+        ms(&pause["total_us"]),
+        ms(&pause["load_us"]),
+        ms(&report["total_us"]) / 1e3,
+    );
+}
+
 fn say(text: &str) {
     println!("\n{text}");
 }
@@ -100,7 +114,11 @@ fn micros(event: &Value, key: &str) -> f64 {
 
 /// Runs a command of `minivmm` and reads its JSON.
 fn cli(minivmm: &Path, runtime: &Path, args: &[&str]) -> Result<Value> {
-    let output = Command::new(minivmm).env("MINIVMM_RUNTIME_DIR", runtime).args(args).output()?;
+    let output = Command::new(minivmm)
+        .env("MINIVMM_RUNTIME_DIR", runtime)
+        .env("MINIVMM_STATE_DIR", runtime.join("state"))
+        .args(args)
+        .output()?;
     if !output.status.success() {
         return Err(format!("{args:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
     }
@@ -129,23 +147,34 @@ struct Vm {
     process: Child,
     console: ChildStdin,
     lines: Receiver<String>,
+    log: Receiver<String>,
 }
 
 impl Vm {
     fn start(minivmm: &Path, runtime: &Path, args: &[&str]) -> Result<Self> {
         let mut process = Command::new(minivmm)
             .env("MINIVMM_RUNTIME_DIR", runtime)
+            .env("MINIVMM_STATE_DIR", runtime.join("state"))
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()?;
         let console = process.stdin.take().ok_or("no standard input")?;
         let output = process.stdout.take().ok_or("no standard output")?;
-        let (sender, lines) = mpsc::channel();
-        std::thread::spawn(move || {
-            BufReader::new(output).lines().map_while(|l| l.ok()).all(|l| sender.send(l).is_ok())
-        });
-        Ok(Self { process, console, lines })
+        let log = process.stderr.take().ok_or("no standard error")?;
+        Ok(Self { process, console, lines: lines_of(output), log: lines_of(log) })
+    }
+
+    /// Where it listens for VMs.
+    fn listens_at(&mut self) -> Result<String> {
+        loop {
+            let line = self.log.recv_timeout(LIMIT).map_err(|e| format!("no address: {e}"))?;
+            if let Some((_, address)) = line.split_once("listening on ") {
+                return Ok(address.to_owned());
+            }
+            eprintln!("{line}");
+        }
     }
 
     fn type_line(&mut self, line: &str) -> Result<()> {
@@ -191,11 +220,21 @@ impl Vm {
         // The output ends when the process does.
         while self.lines.recv_timeout(LIMIT).is_ok() {}
         let status = self.process.wait()?;
+        self.log.try_iter().for_each(|line| eprintln!("{line}"));
         if status.success() {
             return Ok(());
         }
         Err(format!("minivmm ended with {status}").into())
     }
+}
+
+/// Lines of a pipe, read on a thread of their own.
+fn lines_of(pipe: impl std::io::Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        BufReader::new(pipe).lines().map_while(|l| l.ok()).all(|l| sender.send(l).is_ok())
+    });
+    lines
 }
 
 impl Drop for Vm {

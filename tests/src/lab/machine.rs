@@ -17,6 +17,8 @@ pub(super) const QEMU: &str = "qemu-system-x86_64";
 
 /// What `init` of the Linux image runs instead of its own commands, where it is there.
 const OVERLAY_INIT: &str = "overlay/init";
+/// What its shells read first.
+const OVERLAY_PROGRAMS: &str = "overlay/programs";
 /// Where programs of this machine are in the lab, ahead of busybox's own.
 const PROGRAMS: &str = "usr/bin";
 
@@ -192,12 +194,22 @@ impl Lab {
         }
         let _ = fs::remove_file(&stripped);
         let init = format!(
-            "#!/bin/sh\nexport PATH=/{PROGRAMS}:/bin\n(\n{}\n)\n\
-             echo \"lab: status $?\"\npoweroff -f\n",
+            "#!/bin/sh\nexport PATH=/{PROGRAMS}:/bin ENV=/{OVERLAY_PROGRAMS}\n. $ENV\n\
+             (\n{}\n)\necho \"lab: status $?\"\npoweroff -f\n",
             self.script
         );
         archive.add(OVERLAY_INIT, init.as_bytes())?;
+        archive.add(OVERLAY_PROGRAMS, self.programs().as_bytes())?;
         archive.finish()?.into_inner()?.flush()
+    }
+
+    /// Functions by which the shell finds our programs: it prefers what is in busybox to what is in
+    /// its path. Names that no function can have are none of busybox' either.
+    fn programs(&self) -> String {
+        let prefix = format!("{PROGRAMS}/");
+        let names = self.files.iter().filter_map(|item| item.to.strip_prefix(&prefix));
+        let plain = names.filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric()));
+        plain.map(|name| format!("{name}() {{ /{PROGRAMS}/{name} \"$@\"; }}\n")).collect()
     }
 
     /// Emulation of SVM is complete but for XSETBV, hence no XSAVE; threads are needed, one outer
@@ -207,9 +219,13 @@ impl Lab {
         let modules = self.modules.join(",");
         // Once an idle machine slept until input came, as if a one-shot timer's interrupt had been
         // lost (seen once, cause not proved). With a periodic timer it was not seen again.
+        //
+        // The emulated TSC is this machine's. Its kernel would measure it, and wrongly where this
+        // machine is busy: its clock then runs several times too fast, and so do all limits.
         let append = format!(
-            "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable \
-             highres=off nohz=off modules={modules}"
+            "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable tsc_early_khz={} \
+             highres=off nohz=off modules={modules}",
+            tsc_khz()
         );
         command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,-xsave"]);
         command.args(["-smp", "1", "-m", &format!("{}M", self.memory_mib), "-no-reboot"]);
@@ -219,6 +235,16 @@ impl Lab {
         command.arg("-serial").arg(format!("file:{}", results.display()));
         command
     }
+}
+
+/// Frequency of this machine's TSC, measured, kHz.
+fn tsc_khz() -> u64 {
+    /// The clock's two readings may be microseconds off.
+    const MEASURE: Duration = Duration::from_millis(100);
+    let (begin, from) = (Instant::now(), vmm::kvm::host_tsc());
+    std::thread::sleep(MEASURE);
+    let ticks = vmm::kvm::host_tsc().wrapping_sub(from);
+    (ticks as f64 / begin.elapsed().as_secs_f64() / 1e3).round() as u64
 }
 
 /// Writes `from` without debug information to `to`.

@@ -44,6 +44,12 @@ fn target_dir() -> PathBuf {
     tests.parent().unwrap_or(tests).join("target")
 }
 
+/// Where the machine `name` leaves its logs.
+#[must_use]
+pub fn lab_dir(name: &str) -> PathBuf {
+    target_dir().join("lab").join(name)
+}
+
 /// A file of the Linux image: `vmlinuz`, `vmlinux` or `initramfs.cpio`.
 #[must_use]
 pub fn image(name: &str) -> PathBuf {

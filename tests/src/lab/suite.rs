@@ -11,7 +11,7 @@ use libtest_mimic::{Arguments, Trial};
 use serde_json::Value;
 
 use super::world::{isolated, network_namespace, programs};
-use super::{available, linux_image, target_dir, virtualization, Lab};
+use super::{available, lab_dir, linux_image, virtualization, Lab};
 
 /// How long all tests together may take.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
@@ -152,7 +152,7 @@ fn logs_dir() -> PathBuf {
     let name = me.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     // Cargo appends a hash.
     let name = name.rsplit_once('-').map_or(name.as_str(), |(name, _)| name);
-    target_dir().join("lab").join(name)
+    lab_dir(name)
 }
 
 fn tail_of(path: &Path) -> String {

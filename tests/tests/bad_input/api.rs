@@ -8,6 +8,7 @@ use tests::{add, Host, Suite, Vm, PATIENCE};
 pub fn add(suite: &mut Suite, kvm: &Result<(), String>) {
     add!(suite, &[kvm];
         malformed_json_is_refused,
+        bodies_about_devices_that_are_wrong,
         oversized_json_is_refused,
         what_is_no_http_is_refused,
         a_path_that_cannot_be_saved_to_is_refused,
@@ -71,6 +72,41 @@ fn malformed_json_is_refused() {
     assert_eq!(status, 400, "{error}");
     let (status, error) = put(&host, "/v1/vm/explode", b"");
     assert_eq!(status, 404, "{error}");
+    vm.verify();
+}
+
+fn bodies_about_devices_that_are_wrong() {
+    let host = Host::new();
+    let mut vm =
+        host.run("ws=1 dirty=100 report=100 pace=0", &["--balloon", "--virtio-console"]).ready();
+    for (route, body, status, words) in [
+        ("balloon", "", 400, "EOF"),
+        ("balloon", "{}", 400, "missing field `target_bytes`"),
+        ("balloon", r#"{"target_bytes": -4096}"#, 400, "target_bytes|-4096|u64"),
+        ("balloon", r#"{"target_bytes": 4096.5}"#, 400, "line 1"),
+        ("balloon", r#"{"target_bytes": "16M"}"#, 400, "line 1"),
+        ("balloon", r#"{"target_bytes": 18446744073709551616}"#, 400, "line 1"),
+        ("balloon", r#"{"target_bytes": 4096, "now": true}"#, 400, "now"),
+        ("balloon", r#"{"target_bytes": 1}"#, 400, "whole pages"),
+        ("balloon", r#"{"target_bytes": 67112960}"#, 400, "at most the 67108864 bytes"),
+        ("link", "{}", 400, "missing field `card`"),
+        ("link", r#"{"card": "eth0"}"#, 400, "missing field `up`"),
+        ("link", r#"{"card": "eth0", "up": "yes"}"#, 400, "line 1"),
+        ("link", r#"{"card": ["eth0"], "up": true}"#, 400, "line 1"),
+        ("link", r#"{"card": "eth0", "up": true}"#, 409, "no network card eth0"),
+        ("link", r#"{"card": "", "up": true}"#, 409, "no network card"),
+        ("console-size", "{}", 400, "missing field `columns`"),
+        ("console-size", r#"{"columns": 80, "rows": 65536}"#, 400, "65536"),
+        ("console-size", r#"{"columns": -1, "rows": 25}"#, 400, "-1"),
+        ("console-size", r#"{"columns": 80, "rows": 25, "depth": 3}"#, 400, "depth"),
+    ] {
+        let (answer, error) = put(&host, &format!("/v1/vm/{route}"), body.as_bytes());
+        assert_eq!(answer, status, "{route} {body}: {error}");
+        let found = words.split('|').any(|word| error.contains(word));
+        assert!(found, "nothing about {words:?}: {error}");
+    }
+    let devices = host.json(&["stats", "vm"])["devices"].clone();
+    assert_eq!(devices[0]["counters"]["target_pages"], 0, "nothing of it was used");
     vm.verify();
 }
 

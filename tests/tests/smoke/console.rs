@@ -23,7 +23,7 @@ pub fn linux64_hvc0() {
     // More than all buffers of a queue, both ways.
     let long = "x".repeat(3000);
     assert_eq!(guest.sh(&format!("echo {long}")), long);
-    assert_eq!(guest.sh("seq 1 30000 | tail -n 20000").lines().count(), 20000);
+    assert_eq!(guest.sh("seq 1 5000").lines().count(), 5000);
     // The serial port is still there, for output.
     assert_eq!(guest.sh("echo serial >/dev/ttyS0; sleep 1"), "serial");
 

@@ -15,8 +15,12 @@ use crate::runtime_dir::RuntimeDir;
 /// How long a VM of this host may take to say what disks it has.
 const ASK: Duration = Duration::from_millis(500);
 
-/// Opens and locks the disk of `config`.
-pub(super) fn open(config: &DiskConfig, ownership: DiskOwnership) -> Result<DiskFile, VirtioError> {
+/// Opens and locks the disk of `config`; `earlier` are those of this VM that are locked already.
+pub(super) fn open(
+    config: &DiskConfig,
+    earlier: &[DiskConfig],
+    ownership: DiskOwnership,
+) -> Result<DiskFile, VirtioError> {
     let mut disk = DiskFile::open(&config.path, config.readonly)?;
     let locked = match ownership {
         DiskOwnership::Owner => disk.take_owner(),
@@ -24,17 +28,22 @@ pub(super) fn open(config: &DiskConfig, ownership: DiskOwnership) -> Result<Disk
     };
     match locked {
         Ok(()) => Ok(disk),
-        Err(error) => Err(explain(&config.path, error)),
+        Err(error) => Err(explain(config, earlier, error)),
     }
 }
 
-/// Names the VM of this host that has the disk, where it is one.
-fn explain(path: &Path, error: DiskError) -> VirtioError {
+/// Names the disk of this VM, or the VM of this host, that has the file, where it is one.
+fn explain(config: &DiskConfig, earlier: &[DiskConfig], error: DiskError) -> VirtioError {
     let DiskError::Lock { error: LockError::Held(_), .. } = &error else { return error.into() };
-    match holder(path) {
-        Some(info) => {
-            VirtioError::DiskInUse { path: path.to_owned(), vm: info.name, pid: info.pid }
-        }
+    let path = config.path.clone();
+    let wanted = identity(&path);
+    // By whatever name: a link is the same file.
+    if let Some(first) = earlier.iter().find(|disk| identity(&disk.path) == wanted) {
+        let (first, second) = (first.id.clone(), config.id.clone());
+        return VirtioError::DiskTwice { first, second, path };
+    }
+    match holder(&path) {
+        Some(info) => VirtioError::DiskInUse { path, vm: info.name, pid: info.pid },
         None => error.into(),
     }
 }

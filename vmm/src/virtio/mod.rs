@@ -21,7 +21,7 @@ mod worker;
 
 use std::io;
 
-use devices::virtio::block::DiskError;
+use devices::virtio::block::{DiskError, LockError};
 
 pub use set::{DiskOwnership, VirtioParts, VirtioSet};
 pub use tap::TapError;
@@ -33,7 +33,7 @@ pub enum VirtioError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// A disk is used by another VM of this host.
-    #[error("disk {path} is in use by the VM {vm} (process {pid}): stop that VM, or use the disk read-only in all of them")]
+    #[error("disk {path} is in use by the VM {vm} (process {pid}): stop that VM, or use the disk readonly in all of them")]
     DiskInUse {
         /// The disk.
         path: std::path::PathBuf,
@@ -41,6 +41,16 @@ pub enum VirtioError {
         vm: String,
         /// Its process.
         pid: u32,
+    },
+    /// Two disks of this VM are one, and not only to be read.
+    #[error("the disks {first} and {second} are the same file, {path}: give each its own, or make both readonly")]
+    DiskTwice {
+        /// Id of one.
+        first: String,
+        /// Id of the other.
+        second: String,
+        /// Path of the other.
+        path: std::path::PathBuf,
     },
     /// A network card.
     #[error(transparent)]
@@ -53,4 +63,31 @@ pub enum VirtioError {
         /// What the system said.
         error: io::Error,
     },
+}
+
+impl VirtioError {
+    /// Whether it would work if some other program gave something up.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        matches!(
+            self,
+            Self::DiskInUse { .. }
+                | Self::Disk(DiskError::Lock { error: LockError::Held(_), .. })
+                | Self::Tap(TapError::Busy { .. })
+        )
+    }
+
+    /// Whether another command line may do.
+    #[must_use]
+    pub fn is_about_what_was_asked(&self) -> bool {
+        match self {
+            Self::Disk(error) => !matches!(error, DiskError::Lock { .. }),
+            Self::Tap(error) => matches!(
+                error,
+                TapError::Missing { .. } | TapError::NotATap { .. } | TapError::Permission { .. }
+            ),
+            Self::DiskTwice { .. } => true,
+            Self::DiskInUse { .. } | Self::Setup { .. } => false,
+        }
+    }
 }

@@ -218,6 +218,7 @@ mod tests {
 
     use super::super::test_utils::*;
     use super::*;
+    use crate::virtio::attacks;
     use crate::virtio::test_utils::*;
 
     fn driver() -> Driver<Balloon<Given>> {
@@ -313,6 +314,21 @@ mod tests {
         driver.handle.with_device(|balloon| balloon.hold(false));
         driver.run(INFLATE);
         assert_eq!(driver.used(INFLATE).len(), 1);
+    }
+
+    #[test]
+    fn attacks_on_its_queues_break_only_the_balloon() {
+        for queue in [INFLATE, DEFLATE] {
+            attacks::survived(
+                balloon,
+                queue,
+                |driver| driver.run(queue),
+                |driver| {
+                    let request = list(driver, &[0x90]);
+                    assert_eq!(driver.request(queue, &request), 0);
+                },
+            );
+        }
     }
 
     proptest! {

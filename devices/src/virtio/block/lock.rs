@@ -62,7 +62,7 @@ impl fmt::Display for LockRange {
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Somebody else holds it.
-    #[error("it is {0}: stop that VM, or use the disk read-only in all of them")]
+    #[error("it is {0}, or locked by another program: stop that one, or use the disk readonly in all of them")]
     Held(LockRange),
     /// The file system does not lock.
     #[error("it cannot be locked: {0}; use a local file system, or NFS 4")]

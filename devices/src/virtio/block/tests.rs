@@ -10,6 +10,7 @@ use super::device::F_FLUSH;
 use super::request::{TYPE_DISCARD, TYPE_FLUSH, TYPE_GET_ID, TYPE_IN, TYPE_OUT, TYPE_WRITE_ZEROES};
 use super::test_utils::*;
 use super::*;
+use crate::virtio::attacks;
 use crate::virtio::test_utils::*;
 
 const OK: u8 = 0;
@@ -81,6 +82,27 @@ fn a_file_is_a_disk() {
     // Somebody cut the file short behind our back.
     file.as_file().set_len(512).unwrap();
     assert_eq!(driver.block_request(TYPE_IN, 2, &[(BUFFER, 512, WRITE)]), (IO_ERROR, 0));
+    assert!(!driver.needs_reset());
+}
+
+#[test]
+fn a_file_that_the_host_lets_nobody_write_is_an_error_for_the_guest_only() {
+    use rustix::fs::{fcntl_add_seals, memfd_create, MemfdFlags, SealFlags};
+    use std::os::fd::AsRawFd;
+
+    let file = memfd_create("disk", MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&file, 4096).unwrap();
+    fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut disk = DiskFile::open(path.as_ref(), false).unwrap();
+    disk.take_owner().unwrap();
+    let mut driver = Driver::live(Block::new(disk, "", Cache::Writeback), 0);
+    for kind in [TYPE_OUT, TYPE_DISCARD, TYPE_WRITE_ZEROES] {
+        driver.put(BUFFER, &range(0, 1, 0));
+        let len = if kind == TYPE_OUT { 512 } else { 16 };
+        assert_eq!(driver.block_request(kind, 0, &[(BUFFER, len, 0)]), (IO_ERROR, 1), "{kind}");
+    }
+    assert_eq!(driver.block_request(TYPE_IN, 0, &[(BUFFER, 512, WRITE)]), (OK, 513));
     assert!(!driver.needs_reset());
 }
 
@@ -247,6 +269,18 @@ fn requests_without_header_or_status_break_the_device() {
         assert!(driver.needs_reset(), "{chain:?}");
         assert!(driver.used(0).is_empty());
     }
+}
+
+#[test]
+fn attacks_on_its_queue_break_only_the_disk() {
+    attacks::survived(
+        || block(RamDisk::new(256)),
+        0,
+        |driver| driver.run(0),
+        |driver| {
+            assert_eq!(driver.block_request(TYPE_IN, 7, &[(BUFFER, 512, WRITE)]), (OK, 513));
+        },
+    );
 }
 
 proptest! {

@@ -199,6 +199,7 @@ mod tests {
 
     use super::super::test_utils::*;
     use super::*;
+    use crate::virtio::attacks;
     use crate::virtio::test_utils::*;
 
     #[test]
@@ -275,6 +276,30 @@ mod tests {
         assert_eq!(driver.request(TRANSMIT, &[(DATA, 5, 0)]), 0);
         let lost = driver.handle.with_device(|console| console.metrics().output_errors.get());
         assert_eq!((lost, driver.needs_reset()), (1, false));
+    }
+
+    #[test]
+    fn attacks_on_its_queues_break_only_the_console() {
+        let make = || Console::new(Vec::new());
+        attacks::survived(
+            make,
+            RECEIVE,
+            |driver| {
+                driver.run(RECEIVE);
+                let _ = receive(driver, b"typed");
+            },
+            |driver| {
+                let head = driver.add(RECEIVE, &[(DATA, 64, WRITE)]);
+                assert_eq!(receive(driver, b"typed"), Some(5));
+                assert_eq!(driver.used(RECEIVE), [(head, 5)]);
+            },
+        );
+        attacks::survived(
+            make,
+            TRANSMIT,
+            |driver| driver.run(TRANSMIT),
+            |driver| assert_eq!(driver.request(TRANSMIT, &[(DATA, 64, 0)]), 0),
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{fence, AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -444,6 +444,41 @@ fn resets_while_the_worker_is_at_work() {
         done.store(true, Ordering::SeqCst);
     });
     assert!(!driver.needs_reset());
+}
+
+#[test]
+fn no_request_is_forgotten_between_the_last_look_and_the_wish_to_be_notified() {
+    for without in [0, features::RING_EVENT_IDX] {
+        let mut driver = Driver::live(Probe::default(), without);
+        let worker = driver.handle.clone();
+        let (notify, notified) = mpsc::channel();
+        let worker = std::thread::spawn(move || {
+            while notified.recv().is_ok() {
+                worker.process_queue(0);
+            }
+        });
+        let [_, _, used] = rings(0);
+        for round in 0..20_000_u16 {
+            driver.add(0, &REQUEST);
+            // As a driver does it: only where the device wants it (section 2.7.10).
+            fence(Ordering::SeqCst);
+            let word = |at| u16::from_le_bytes(driver.peek(at, 2).try_into().unwrap());
+            let wanted = match without {
+                0 => word(used + 4 + 8 * 16) == round,
+                _ => word(used) == 0,
+            };
+            if wanted {
+                notify.send(()).unwrap();
+            }
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while driver.used(0).is_empty() {
+                assert!(Instant::now() < deadline, "request {round} is forgotten");
+                std::hint::spin_loop();
+            }
+        }
+        drop(notify);
+        worker.join().unwrap();
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::device::{F_GUEST_ANNOUNCE, F_MRG_RXBUF};
 use super::test_utils::*;
 use super::*;
+use crate::virtio::attacks;
 use crate::virtio::test_utils::*;
 
 fn driver() -> Driver<Net<Wire>> {
@@ -253,6 +254,40 @@ fn a_descriptor_is_a_backend() {
     drop(far);
     assert_eq!(driver.request(TRANSMIT, &[(DATA, 72, 0)]), 0);
     assert_eq!(driver.handle.with_device(|net| net.metrics().tx_dropped.get()), 1);
+}
+
+#[test]
+fn attacks_on_its_queues_break_only_the_card() {
+    let make = || net(Wire::default());
+    attacks::survived(
+        make,
+        RECEIVE,
+        |driver| {
+            driver.handle.with_device(|net| net.backend_mut().arriving = [vec![1; 72]].into());
+            driver.run(RECEIVE);
+        },
+        |driver| {
+            driver.handle.with_device(|net| net.backend_mut().arriving.clear());
+            let head = driver.add(RECEIVE, &[(DATA, 256, WRITE)]);
+            driver.arrives(&[5; 60]);
+            assert_eq!(driver.used(RECEIVE), [(head, 72)]);
+        },
+    );
+    attacks::survived(
+        make,
+        TRANSMIT,
+        |driver| driver.run(TRANSMIT),
+        |driver| assert_eq!(driver.request(TRANSMIT, &[(DATA, 72, 0)]), 0),
+    );
+    attacks::survived(
+        make,
+        2,
+        |driver| driver.run(2),
+        |driver| {
+            driver.put(DATA, &[3, 0]);
+            assert_eq!(driver.request(2, &[(DATA, 2, 0), (DATA + 8, 1, WRITE)]), 1);
+        },
+    );
 }
 
 proptest! {

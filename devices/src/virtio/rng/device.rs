@@ -125,6 +125,7 @@ mod tests {
 
     use super::super::test_utils::*;
     use super::*;
+    use crate::virtio::attacks;
     use crate::virtio::test_utils::*;
 
     #[test]
@@ -176,6 +177,16 @@ mod tests {
             assert!(driver.needs_reset(), "{buffers:?}");
             assert!(driver.used(0).is_empty());
         }
+    }
+
+    #[test]
+    fn attacks_on_its_queue_break_only_the_device() {
+        attacks::survived(
+            rng,
+            0,
+            |driver| driver.run(0),
+            |driver| assert_eq!(driver.request(0, &[(DATA, 64, WRITE)]), 64),
+        );
     }
 
     #[test]

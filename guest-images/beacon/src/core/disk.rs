@@ -20,10 +20,12 @@ use crate::pages::Words;
 pub const SECTOR: u64 = 512;
 const OFFSETS: [u64; 4] = [0, 8, 248, 504];
 
-/// Content unknown: never written, or a write of it failed.
-const UNKNOWN: u32 = 0;
+/// In the table, beside the last generation, which goes on growing: content unknown, because the
+/// block was never written or a write of it failed.
+const UNKNOWN: u32 = 1 << 31;
 /// All zeros, written by the device.
-const ZEROED: u32 = u32::MAX;
+const ZEROED: u32 = 1 << 30;
+const GENERATION: u32 = ZEROED - 1;
 /// One of so many requests is a discard, and one a write of zeros, if wanted.
 const DISCARD_SHARE: u64 = 64;
 /// Blocks that are tried when one is in use by another request.
@@ -324,8 +326,8 @@ impl Load {
     #[must_use]
     pub fn content(&self, block: u64) -> Content {
         match self.generations[block as usize] {
-            UNKNOWN => Content::Unknown,
-            ZEROED => Content::Zeros,
+            entry if entry & UNKNOWN != 0 => Content::Unknown,
+            entry if entry & ZEROED != 0 => Content::Zeros,
             generation => Content::Stamped(Tag { boot: self.boot, generation }),
         }
     }
@@ -370,11 +372,8 @@ impl Load {
     }
 
     fn write(&self, block: u64) -> Job {
-        let generation = match self.generations[block as usize] {
-            ZEROED => 1,
-            generation => (generation + 1) % ZEROED,
-        };
-        Job::Write { block, generation: generation.max(1) }
+        let generation = (self.generations[block as usize] + 1) & GENERATION;
+        Job::Write { block, generation }
     }
 
     fn wants_write(&mut self) -> bool {
@@ -419,15 +418,16 @@ impl Load {
     /// Takes a request out; `good` as the device says.
     pub fn finish(&mut self, slot: usize, good: bool) -> Option<Job> {
         let job = self.jobs.get_mut(slot)?.take()?;
-        if self.options.mode == DiskMode::Verify {
-            let content = match job {
-                Job::Write { generation, .. } if good => Some(generation),
-                Job::Zero { .. } if good => Some(ZEROED),
-                Job::Write { .. } | Job::Zero { .. } | Job::Discard { .. } => Some(UNKNOWN),
-                Job::Read { .. } | Job::Flush => None,
-            };
-            if let (Some(content), Some(block)) = (content, job.block()) {
-                self.generations[block as usize] = content;
+        if let (DiskMode::Verify, Some(block)) = (self.options.mode, job.block()) {
+            let entry = &mut self.generations[block as usize];
+            match job {
+                // A write that failed may be there in part, now or later.
+                Job::Write { generation, .. } => {
+                    *entry = generation | if good { 0 } else { UNKNOWN }
+                }
+                Job::Zero { .. } if good => *entry = *entry & GENERATION | ZEROED,
+                Job::Zero { .. } | Job::Discard { .. } => *entry |= UNKNOWN,
+                Job::Read { .. } | Job::Flush => (),
             }
         }
         Some(job)
@@ -435,7 +435,7 @@ impl Load {
 
     /// A block was found wrong: have it written anew, so that it is counted once.
     pub fn distrust(&mut self, block: u64) {
-        self.generations[block as usize] = UNKNOWN;
+        self.generations[block as usize] |= UNKNOWN;
     }
 
     /// Expects a later write than there was, for tests of what notices; false where nothing was
@@ -443,7 +443,7 @@ impl Load {
     pub fn spoil(&mut self, block: u64) -> bool {
         let busy = self.in_use(block);
         match self.generations.get_mut(block as usize) {
-            Some(generation) if !busy && !matches!(*generation, UNKNOWN | ZEROED) => {
+            Some(generation) if !busy && *generation & (UNKNOWN | ZEROED) == 0 => {
                 *generation += 1;
                 true
             }

@@ -95,7 +95,9 @@ impl Subject {
     pub fn boot(self, tools: &Tools, without: Vmm, name: &str, setup: &Setup) -> Result<Guest> {
         let mut guest = match self.vmm(without) {
             Vmm::Minivmm => tools.boot(Vmm::Minivmm, name, setup)?,
-            Vmm::QemuRom | Vmm::QemuFirmware => qemu::boot(tools, self, name, setup)?,
+            Vmm::QemuRom | Vmm::QemuFirmware | Vmm::QemuUring => {
+                qemu::boot(tools, self, name, setup)?
+            }
         };
         guest.event("ready")?;
         Ok(guest)
@@ -214,7 +216,7 @@ impl Cell {
     pub fn setup(self) -> Setup {
         let Self { memory_mib, ws_mib, dirty } = self;
         let cmdline = format!("ws={ws_mib} dirty={dirty} order=scattered report=0 fpu=sse");
-        Setup { memory_mib, cpus: 1, cmdline }
+        Setup { memory_mib, cpus: 1, cmdline, ..Setup::default() }
     }
 
     /// Bytes of the working set.

@@ -34,11 +34,26 @@ const STATUS_OFFSET: u64 = 6;
 const STATUS_ANNOUNCE: u8 = 2;
 /// Class and command: acknowledge an announcement.
 const ANNOUNCE_ACK: [u8; 2] = [3, 0];
+/// What the device answers, and what it does not.
+const CONTROL_OK: u8 = 0;
+const NO_ANSWER: u8 = 0xFF;
 
 /// The control queue, and 16 bytes for a command.
 struct Control {
     queue: Queue,
     memory: &'static mut [u8],
+    /// Commands that the device took.
+    good: u64,
+}
+
+impl Control {
+    /// Takes what the last command left, if it is done.
+    fn collect(&mut self) {
+        while let Ok(Some(_)) = self.queue.take(&Memory) {
+            let answer = self.memory.as_ptr() as u64 + 2;
+            self.good += u64::from(phys::read8(answer) == CONTROL_OK);
+        }
+    }
 }
 
 /// The network card and all that talks through it.
@@ -80,7 +95,7 @@ impl Net {
             None
         } else {
             let queue = device.queue(ram, CONTROL, CONTROL_QUEUE, 0)?;
-            Some(Control { queue, memory: phys::bytes(ram, 16).ok_or(NO_MEMORY)? })
+            Some(Control { queue, memory: phys::bytes(ram, 16).ok_or(NO_MEMORY)?, good: 0 })
         };
         let (services, sockets) = Services::new(ram, client::PORT).ok_or(NO_MEMORY)?;
         let client = match options.net.udp_to {
@@ -150,6 +165,9 @@ impl Net {
                 break;
             }
         }
+        if let Some(control) = &mut self.control {
+            control.collect();
+        }
         if self.signal.take_config_change() {
             self.look_at_status();
         }
@@ -182,9 +200,9 @@ impl Net {
         gratuitous_arp(&mut frame, self.card.mac, self.ip.octets());
         let sent = self.card.send_raw(&frame);
         self.announces += 1;
-        // What the last one left, if it is done by now; with eight entries there is always room.
-        while let Ok(Some(_)) = control.queue.take(&Memory) {}
+        control.collect();
         control.memory[..2].copy_from_slice(&ANNOUNCE_ACK);
+        control.memory[2] = NO_ANSWER;
         let at = control.memory.as_mut_ptr() as u64;
         let added =
             control.queue.add(&Memory, &[Segment::read(at, 2), Segment::write(at + 2, 1)], 0);
@@ -220,6 +238,8 @@ impl Net {
         line.number("net_irqs", self.signal.irqs);
         line.number("net_irqs_lost", self.signal.lost);
         line.number("net_announces", self.announces);
+        let good = self.control.as_ref().map_or(0, |control| control.good);
+        line.number("net_announces_acked", good);
         line.number("udp_echoes", services.udp_echoes);
         line.number("tcp_accepted", services.accepted);
         line.number("tcp_echoed", services.echoed);
