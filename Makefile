@@ -3,7 +3,7 @@
 CARGO ?= cargo
 BEACON = --manifest-path guest-images/beacon/Cargo.toml
 
-.PHONY: help demo test check unit smoke lab guest-images bench bench-linux fuzz build clean
+.PHONY: help demo test check unit smoke lab guest-images bench bench-linux bench-migration fuzz build clean
 
 help:
 	@echo 'make demo   build, boot the built-in guest, move it live to another process, verified'
@@ -11,6 +11,7 @@ help:
 	@echo 'make smoke  real Linux guests, on hardware virtualization or in an emulated machine (the lab)'
 	@echo 'make lab    a shell in that machine, with minivmm; CMD=... runs a command there'
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
+	@echo 'make bench-migration   live migration beside QEMU, with the targets; about half an hour'
 	@echo 'make fuzz   the fuzz targets of the virtio devices, FUZZ_SECONDS (60) each; needs cargo-fuzz'
 	@echo 'make build  the release binary, target/release/minivmm'
 
@@ -63,6 +64,10 @@ fuzz:
 # A part of it: Linux to its first process, beside QEMU. Without virtualization, in the lab.
 bench-linux: build guest-images
 	$(CARGO) run --release --locked --quiet -p tests --bin bench -- linux
+
+# ARGS='--quick' for a look; ARGS=--help for what there is.
+bench-migration: build
+	$(CARGO) run --release --locked --quiet -p tests --bin bench-migration -- $(ARGS)
 
 clean:
 	$(CARGO) clean

@@ -19,6 +19,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod beacon;
+pub mod bench;
 mod guest;
 mod host;
 pub mod lab;

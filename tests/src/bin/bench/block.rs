@@ -5,10 +5,10 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use crate::figures::{Better, Row, Target};
-use crate::guest::{Setup, Vmm};
+use ::tests::bench::{Better, Result, Row, Setup, Target, Vmm};
+
 use crate::rounds::{alternate, row, template};
-use crate::{Bench, Result};
+use crate::Bench;
 
 const DISK_MIB: usize = 256;
 /// Block size in KiB and requests in flight.

@@ -1,9 +1,9 @@
 //! Starting a guest, what the process then takes, and what exits cost.
 
-use crate::figures::{Row, Target};
-use crate::guest::{Guest, Line, Setup, Vmm};
+use ::tests::bench::{Guest, Line, Result, Row, Setup, Target, Vmm};
+
 use crate::rounds::{alternate, row, template};
-use crate::{Bench, Result};
+use crate::Bench;
 
 /// First guest instruction after exec, ms; a promise of this project.
 const TARGET_START_MS: f64 = 20.0;

@@ -10,8 +10,9 @@ use serde_json::{json, Value};
 use tests::lab::{image, lab_dir, linux_image, program, virtualization, Lab};
 use tests::{binary, Host};
 
-use crate::figures::{Better, Figure, Row};
-use crate::{Bench, Result};
+use ::tests::bench::{Better, Figure, Result, Row};
+
+use crate::Bench;
 
 /// The argument with which this program measures and prints samples: the number of runs follows.
 pub const SAMPLES: &str = "--linux-samples";

@@ -5,15 +5,11 @@
 
 mod block;
 mod boot;
-mod figures;
-mod guest;
 mod linux;
 mod net;
-mod qmp;
 mod rounds;
 mod saving;
 
-use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,10 +17,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use figures::Row;
-use guest::Tools;
-
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+use ::tests::bench::{self, cpu_model, first_line, load_average, Result, Row, Tools};
 
 const USAGE: &str = "\
 Usage: bench [--quick] [--json FILE] [--dir DIR] [BENCH...]
@@ -130,7 +123,7 @@ fn main() -> ExitCode {
 
 fn bench(options: Options) -> Result<()> {
     let beside = || Ok(std::env::current_exe()?.parent().ok_or("no folder")?.to_owned());
-    let data = options.dir.map_or_else(beside, Ok::<_, Box<dyn Error>>)?;
+    let data = options.dir.map_or_else(beside, Result::Ok)?;
     let begin = Instant::now();
     let before = load_average();
     let mut bench = Bench { tools: Tools::new(&data)?, quick: options.quick, name: "" };
@@ -143,7 +136,7 @@ fn bench(options: Options) -> Result<()> {
     }
     let after = load_average();
     let qemu = bench.tools.qemu.clone().unwrap_or_else(|why| format!("no QEMU: {why}"));
-    println!("{}", figures::markdown(&rows));
+    println!("{}", bench::markdown(&rows));
     println!(
         "Medians (minimum to maximum) of at least {} runs, start-up of {}, in turn; {}.",
         bench.runs(),
@@ -163,7 +156,7 @@ fn bench(options: Options) -> Result<()> {
     }
     if let Some(path) = options.json {
         let value = json!({
-            "rows": figures::json(&rows),
+            "rows": bench::json(&rows),
             "qemu": qemu,
             "quick": bench.quick,
             "cpu": cpu_model(),
@@ -175,22 +168,6 @@ fn bench(options: Options) -> Result<()> {
             .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
     }
     Ok(())
-}
-
-fn first_line(path: &str) -> String {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines().next().unwrap_or("unknown").to_owned()
-}
-
-/// The three load averages (proc(5)).
-fn load_average() -> String {
-    first_line("/proc/loadavg").split_whitespace().take(3).collect::<Vec<_>>().join(" ")
-}
-
-fn cpu_model() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    line.map_or("unknown CPU", |(_, name)| name.trim()).to_owned()
 }
 
 #[cfg(test)]

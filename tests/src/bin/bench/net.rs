@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use tests::network::{in_private_network, tap, GUEST_ADDRESS};
 
-use crate::figures::{Better, Figure, Row, Target};
-use crate::guest::{Setup, Vmm, LIMIT};
+use ::tests::bench::{Better, Figure, Result, Row, Setup, Target, Vmm, LIMIT};
+
 use crate::rounds::{alternate, row, template};
-use crate::{Bench, Result};
+use crate::Bench;
 
 /// Port numbers of beacon's services.
 const ECHO: u16 = 7;

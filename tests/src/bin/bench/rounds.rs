@@ -1,8 +1,8 @@
 //! Measuring several VMMs in turn.
 
-use crate::figures::{Better, Figure, Row};
-use crate::guest::Vmm;
-use crate::{Bench, Result};
+use ::tests::bench::{Better, Figure, Result, Row, Vmm};
+
+use crate::Bench;
 
 /// What is measured of each, one figure for each quantity, in this order.
 pub type Figures = Vec<(Vmm, Vec<Figure>)>;

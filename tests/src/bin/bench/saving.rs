@@ -6,13 +6,11 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use ::tests::bench::{sync, time_of, wall_ms, Better, Figure, Guest, Result, Row, Setup, Vmm};
 use serde_json::{json, Value};
 use vmm::memory::{GuestRam, PAGE_SIZE};
 
-use crate::figures::{Better, Figure, Row};
-use crate::guest::{sync, Guest, Setup, Vmm};
-use crate::qmp::{time_of, wall_ms};
-use crate::{Bench, Result};
+use crate::Bench;
 
 const BLOCK: usize = 1 << 20;
 const MIB: f64 = 1048576.0;

@@ -1,27 +1,28 @@
 //! QEMU's machine protocol (QEMU, docs/interop/qmp-spec.txt), as far as benchmarks need it.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{ChildStdin, ChildStdout};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde_json::{json, Value};
 
-use crate::guest::LIMIT;
-use crate::Result;
+use super::{Result, LIMIT};
 
 /// A connection to QEMU's monitor.
-#[derive(Debug)]
 pub struct Qmp {
-    input: ChildStdin,
+    input: Box<dyn Write + Send>,
     messages: Receiver<Value>,
     events: VecDeque<Value>,
 }
 
 impl Qmp {
     /// Leaves negotiation mode. QEMU answers when it is as far; nothing is waited for here.
-    pub fn new(mut input: ChildStdin, output: ChildStdout) -> Result<Self> {
+    pub fn new(
+        input: impl Write + Send + 'static,
+        output: impl Read + Send + 'static,
+    ) -> Result<Self> {
+        let mut input: Box<dyn Write + Send> = Box::new(input);
         let (sender, messages) = mpsc::channel();
         std::thread::spawn(move || {
             for line in BufReader::new(output).lines().map_while(|line| line.ok()) {
@@ -91,6 +92,12 @@ impl Qmp {
         let unlimited = 100_u64 << 30;
         self.command("migrate-set-parameters", json!({ "max-bandwidth": unlimited }))?;
         Ok(())
+    }
+}
+
+impl std::fmt::Debug for Qmp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Qmp").field("events", &self.events).finish_non_exhaustive()
     }
 }
 

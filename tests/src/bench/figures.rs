@@ -14,6 +14,19 @@ pub enum Better {
     Higher,
 }
 
+/// The median; of an even number of samples the mean of the two in the middle.
+#[must_use]
+pub fn median(samples: &[f64]) -> Option<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        odd if odd % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+    }
+}
+
 /// What is to be reached.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Target {
@@ -32,8 +45,15 @@ pub enum Figure {
     Missing(String),
 }
 
+impl Default for Figure {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Figure {
     /// Starts without samples.
+    #[must_use]
     pub fn new() -> Self {
         Self::Samples(Vec::new())
     }
@@ -59,15 +79,10 @@ impl Figure {
         }
     }
 
-    /// The median; of an even number of samples the mean of the two in the middle.
+    /// The median of the samples.
+    #[must_use]
     pub fn median(&self) -> Option<f64> {
-        let sorted = self.sorted()?;
-        let middle = sorted.len() / 2;
-        Some(if sorted.len() % 2 == 1 {
-            sorted[middle]
-        } else {
-            (sorted[middle - 1] + sorted[middle]) / 2.0
-        })
+        median(&self.sorted()?)
     }
 
     /// `MEDIAN (MIN to MAX)`, or `n/a`.
@@ -181,11 +196,13 @@ impl Row {
 }
 
 /// All rows as JSON.
+#[must_use]
 pub fn json(rows: &[Row]) -> Value {
     rows.iter().map(Row::json).collect()
 }
 
 /// All rows as a table in Markdown, one line for each peer, and below it why figures are missing.
+#[must_use]
 pub fn markdown(rows: &[Row]) -> String {
     let mut text = String::from(
         "| bench | what | unit, better | minivmm | target | beside it | its figure | minivmm / it |\n\

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -9,11 +10,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 
-use crate::qmp::Qmp;
-use crate::Result;
+use super::qmp::Qmp;
+use super::Result;
 
 /// Longest wait for anything; far beyond what it takes.
 pub const LIMIT: Duration = Duration::from_secs(120);
+/// How the text of an error begins that is the guest's own: something it knew was lost or changed.
+pub const GUEST_ERROR: &str = "the guest found an error";
 const QEMU: &str = "qemu-system-x86_64";
 
 /// What runs the guest.
@@ -31,12 +34,32 @@ pub enum Vmm {
 
 impl Vmm {
     /// As tables show it.
+    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Minivmm => "minivmm",
             Self::QemuRom => "QEMU microvm",
             Self::QemuFirmware => "QEMU microvm, qboot",
             Self::QemuUring => "QEMU microvm, aio=io_uring",
+        }
+    }
+}
+
+/// What QEMU's guest memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum QemuMemory {
+    /// Private and anonymous, as by default. Reading a page that was never written costs little.
+    Anonymous,
+    /// Shared and a memfd, as minivmm's, so that the two are accounted in the same way. Reading a
+    /// page that was never written allocates it.
+    Memfd,
+}
+
+impl QemuMemory {
+    fn backend(self) -> &'static str {
+        match self {
+            Self::Memfd => "memory-backend-memfd,share=on",
+            Self::Anonymous => "memory-backend-ram",
         }
     }
 }
@@ -74,7 +97,7 @@ impl Tools {
         let minivmm = std::env::current_exe()?.with_file_name("minivmm");
         if !minivmm.exists() {
             let path = minivmm.display();
-            return Err(format!("{path} is not there: `make bench` builds it").into());
+            return Err(format!("{path} is not there: `make build` builds it").into());
         }
         let own = format!("minivmm-bench-{}", std::process::id());
         let tools = Self {
@@ -102,7 +125,9 @@ impl Tools {
             .collect::<serde_json::Result<_>>()?)
     }
 
-    fn minivmm_command(&self) -> Command {
+    /// minivmm, with this benchmark's VMs.
+    #[must_use]
+    pub fn minivmm_command(&self) -> Command {
         let mut command = Command::new(&self.minivmm);
         command.env("MINIVMM_RUNTIME_DIR", &self.runtime);
         command
@@ -126,7 +151,7 @@ impl Tools {
                 Guest::start(command, Wiring::Console)
             }
             Vmm::QemuRom | Vmm::QemuFirmware | Vmm::QemuUring => {
-                let mut command = self.qemu_command(vmm, setup);
+                let mut command = self.qemu_command(vmm, setup, QemuMemory::Memfd);
                 command.args(["-serial", "stdio"]);
                 Guest::start(command, Wiring::Console)
             }
@@ -142,7 +167,7 @@ impl Tools {
 
     /// Boots beacon in QEMU with a monitor, or has QEMU wait for `incoming`.
     pub fn qemu_with_monitor(&self, setup: &Setup, incoming: Option<&str>) -> Result<Guest> {
-        let mut command = self.qemu_command(Vmm::QemuRom, setup);
+        let mut command = self.qemu_command(Vmm::QemuRom, setup, QemuMemory::Memfd);
         command.args(["-qmp", "stdio", "-serial", "file:/dev/stderr"]);
         if let Some(from) = incoming {
             command.args(["-incoming", from]);
@@ -150,17 +175,51 @@ impl Tools {
         Guest::start(command, Wiring::Monitor)
     }
 
-    fn qemu_command(&self, vmm: Vmm, setup: &Setup) -> Command {
+    /// Boots beacon in QEMU with the console on pipes and a monitor beside it, or has QEMU wait to
+    /// be told where an incoming VM comes from. `name` tells QEMUs of one time apart.
+    pub fn qemu_movable(
+        &self,
+        name: &str,
+        setup: &Setup,
+        memory: QemuMemory,
+        incoming: bool,
+    ) -> Result<Guest> {
+        let socket = self.runtime.join(format!("{name}.qmp"));
+        if socket.exists() {
+            fs::remove_file(&socket)?;
+        }
+        let mut command = self.qemu_command(Vmm::QemuRom, setup, memory);
+        command.args(["-serial", "stdio", "-qmp"]);
+        command.arg(format!("unix:{},server=on,wait=off", socket.display()));
+        if incoming {
+            command.args(["-incoming", "defer"]);
+        }
+        let mut guest = Guest::start(command, Wiring::Console)?;
+        let deadline = Instant::now() + LIMIT;
+        let stream = loop {
+            match UnixStream::connect(&socket) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline || guest.ended()? => {
+                    return Err(format!("QEMU's monitor does not answer: {error}").into());
+                }
+                // It makes the socket early, before the machine.
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        guest.monitor = Some(Qmp::new(stream.try_clone()?, stream)?);
+        Ok(guest)
+    }
+
+    fn qemu_command(&self, vmm: Vmm, setup: &Setup, memory: QemuMemory) -> Command {
         let file = |name| self.runtime.join(name);
         let mut command = Command::new(QEMU);
-        // As in beacon's README. Memory is a memfd, as minivmm's is, so that the two are
-        // accounted in the same way.
+        // As in beacon's README.
         command
             .args(["-enable-kvm", "-cpu", "host,-arch-capabilities"])
             .args(["-machine", "microvm,memory-backend=ram"])
             .args(["-m", &setup.memory_mib.to_string(), "-smp", &setup.cpus.to_string()])
             .arg("-object")
-            .arg(format!("memory-backend-memfd,id=ram,size={}M,share=on", setup.memory_mib))
+            .arg(format!("{},id=ram,size={}M", memory.backend(), setup.memory_mib))
             .arg("-kernel")
             .arg(file("beacon.elf"))
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
@@ -209,11 +268,14 @@ fn qemu_version() -> std::result::Result<String, String> {
 }
 
 /// What the process' standard streams are.
-enum Wiring {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wiring {
     /// Standard input and output are the serial port.
     Console,
     /// Standard input and output are QEMU's monitor, standard error is the serial port.
     Monitor,
+    /// As `Console`, and what is said on standard error can be waited for.
+    Heard,
 }
 
 /// A line of the console.
@@ -234,8 +296,9 @@ pub struct Guest {
     /// QEMU's monitor.
     pub monitor: Option<Qmp>,
     console: Receiver<(Line, String)>,
-    /// The console's input, which must not end.
+    /// The console's, unless the monitor has it. minivmm's console would end without.
     input: Option<ChildStdin>,
+    said: Option<Receiver<String>>,
     /// Right before the process was made.
     pub begun: Instant,
     /// The same, by the wall clock.
@@ -245,9 +308,10 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn start(mut command: Command, wiring: Wiring) -> Result<Self> {
+    /// Starts a command that becomes a VM.
+    pub fn start(mut command: Command, wiring: Wiring) -> Result<Self> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        if matches!(wiring, Wiring::Monitor) {
+        if wiring != Wiring::Console {
             command.stderr(Stdio::piped());
         }
         let (begun, begun_wall) = (Instant::now(), SystemTime::now());
@@ -255,14 +319,52 @@ impl Guest {
         let mut process = command.spawn()?;
         let input = process.stdin.take().ok_or("no standard input")?;
         let output = process.stdout.take().ok_or("no standard output")?;
-        let (monitor, input, console) = match wiring {
-            Wiring::Console => (None, Some(input), read_console(output)),
-            Wiring::Monitor => {
-                let console = process.stderr.take().ok_or("no standard error")?;
-                (Some(Qmp::new(input, output)?), None, read_console(console))
+        let (mut monitor, mut console_input, mut said) = (None, None, None);
+        let console = match (wiring, process.stderr.take()) {
+            (Wiring::Monitor, Some(stderr)) => {
+                monitor = Some(Qmp::new(input, output)?);
+                read_console(stderr)
+            }
+            (_, stderr) => {
+                said = stderr.map(read_lines);
+                console_input = Some(input);
+                read_console(output)
             }
         };
-        Ok(Self { process, monitor, console, input, begun, begun_wall, begun_tsc })
+        let input = console_input;
+        Ok(Self { process, monitor, console, input, said, begun, begun_wall, begun_tsc })
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Whether the process is over. Its CPU time is gone then, too.
+    pub fn ended(&mut self) -> Result<bool> {
+        Ok(self.process.try_wait()?.is_some())
+    }
+
+    /// Waits for a line on standard error that contains `what`.
+    pub fn hear(&mut self, what: &str) -> Result<String> {
+        let lines = self.said.as_ref().ok_or("nobody listens to standard error")?;
+        let deadline = Instant::now() + LIMIT;
+        let mut heard = String::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match lines.recv_timeout(left) {
+                Ok(line) if line.contains(what) => return Ok(line),
+                Ok(line) => heard = heard + &line + "\n",
+                Err(_) => return Err(format!("not said: {what:?}; instead:\n{heard}").into()),
+            }
+        }
+    }
+
+    /// Types a command and waits for the event that answers it.
+    pub fn ask(&mut self, command: &str, answer: &str) -> Result<Value> {
+        self.say(command)?;
+        Ok(self.event(answer)?.event)
     }
 
     /// The next event of this kind.
@@ -278,7 +380,7 @@ impl Guest {
                 Some(found) if found == kind => return Ok(line),
                 // Not `fpu`: QEMU loses vector registers on some hosts, which costs no time.
                 Some("corrupt" | "tsc-back" | "clock-back" | "exception" | "panic") => {
-                    return Err(text.into());
+                    return Err(format!("{GUEST_ERROR}: {text}").into());
                 }
                 _ => last = text,
             }
@@ -343,6 +445,18 @@ fn read_console(output: impl Read + Send + 'static) -> Receiver<(Line, String)> 
             if sender.send((Line { began, ended, event }, text)).is_err() {
                 return;
             }
+        }
+    });
+    lines
+}
+
+/// Reads a process' own words on a thread of its own.
+fn read_lines(output: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        // To the end, also when nobody wants them any more: a full pipe would block the process.
+        for line in BufReader::new(output).lines().map_while(std::result::Result::ok) {
+            let _ = sender.send(line);
         }
     });
     lines

@@ -1,0 +1,91 @@
+//! minivmm's command line and report; all that depends on them is here.
+
+use std::time::Instant;
+
+use ::tests::bench::{Guest, Result, Tools, Wiring};
+use serde_json::Value;
+
+use crate::subject::{Incoming, Moved, Told};
+
+/// The pause that it may make.
+const DOWNTIME: &str = "20ms";
+
+/// Why this minivmm cannot migrate, if it cannot.
+pub fn lacks(tools: &Tools) -> Option<String> {
+    for command in ["receive", "migrate"] {
+        let known = tools.minivmm_command().args([command, "--help"]).output();
+        if !known.is_ok_and(|output| output.status.success()) {
+            return Some(format!("this minivmm has no command {command}"));
+        }
+    }
+    None
+}
+
+/// `minivmm receive`, listening.
+pub fn receive(tools: &Tools) -> Result<Incoming> {
+    const LISTENS: &str = "listening on ";
+    let mut command = tools.minivmm_command();
+    command.args(["receive", "--listen", "127.0.0.1:0", "--once", "--console", "stdio"]);
+    let mut guest = Guest::start(command, Wiring::Heard)?;
+    let line = guest.hear(LISTENS)?;
+    let address = line.split_once(LISTENS).and_then(|(_, rest)| rest.split_whitespace().next());
+    let address = address.ok_or_else(|| format!("no address in {line:?}"))?;
+    Ok(Incoming { address: address.trim_end_matches([',', '.']).to_owned(), guest })
+}
+
+/// `minivmm migrate`, to its end.
+pub fn migrate(tools: &Tools, name: &str, to: &str, connections: u8) -> Result<Moved> {
+    let connections = connections.to_string();
+    let command = ["migrate", name, "--to", to, "--mode", "precopy", "--downtime", DOWNTIME];
+    let begin = Instant::now();
+    let values = tools.minivmm_json(&[&command[..], &["--connections", &connections]].concat())?;
+    let outside = begin.elapsed();
+    // Progress may come before it.
+    let report = values.into_iter().rfind(|value| value["total_us"].is_number());
+    Ok(Moved { outside, told: told(report.ok_or("minivmm migrate reports nothing")?) })
+}
+
+fn told(report: Value) -> Told {
+    let ms = |value: &Value| value.as_f64().map(|micros| micros / 1e3);
+    let sum = |values: &Vec<Value>| values.iter().filter_map(Value::as_f64).sum();
+    let first = &report["rounds"][0];
+    let rate = |bytes: f64, micros: f64| bytes / micros * 1e6;
+    Told {
+        total_ms: ms(&report["total_us"]),
+        downtime_ms: ms(&report["pause"]["total_us"]),
+        bytes: report["connection_bytes"].as_array().map(sum),
+        rounds: report["rounds"].as_array().map(|rounds| rounds.len() as f64 + 1.0),
+        first_pass: Option::zip(first["bytes"].as_f64(), first["duration_us"].as_f64())
+            .filter(|(_, micros)| *micros > 0.0)
+            .map(|(bytes, micros)| rate(bytes, micros)),
+        all: report,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn its_report_is_understood() {
+        let told = told(json!({
+            "total_us": 250_000,
+            "pause": { "total_us": 2500 },
+            "connection_bytes": [1000, 500],
+            "rounds": [{ "bytes": 1400, "duration_us": 200_000 }, {}],
+        }));
+        assert_eq!(told.total_ms, Some(250.0));
+        assert_eq!(told.downtime_ms, Some(2.5));
+        assert_eq!(told.bytes, Some(1500.0));
+        assert_eq!(told.rounds, Some(3.0));
+        assert_eq!(told.first_pass, Some(7000.0));
+    }
+
+    #[test]
+    fn what_it_does_not_say_is_missing() {
+        let told = told(json!({ "total_us": 1000, "pause": null }));
+        assert_eq!(told.total_ms, Some(1.0));
+        assert!(told.downtime_ms.is_none() && told.bytes.is_none() && told.first_pass.is_none());
+    }
+}
