@@ -131,10 +131,8 @@ impl Door {
             Ok(records) => records,
             Err(error) => {
                 // Another version learns ours from the preamble.
-                if let (Problem::Version(_), Ok(link)) =
-                    (&error.problem, MainLink::open(Arc::clone(transport)))
-                {
-                    link.abort(3, &error.problem.to_string());
+                if matches!(error.problem, Problem::Version(_)) {
+                    MainLink::open(Arc::clone(transport))?.abort(3, &error.problem.to_string());
                 }
                 return Err(error);
             }

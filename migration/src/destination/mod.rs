@@ -16,6 +16,8 @@ mod handshake;
 mod incoming;
 mod receiver;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};

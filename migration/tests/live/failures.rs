@@ -306,15 +306,20 @@ fn an_operator_resolves_what_nobody_can_answer() {
     use migration::handover::Owner;
     for owner in [Owner::Here, Owner::There] {
         let world = World::new();
+        // Signs of life would come between what is counted.
+        let mut options = options(1);
+        options.timing.alive = std::time::Duration::from_secs(20);
+        options.timing.dead = std::time::Duration::from_secs(40);
         // COMMIT arrives; RESUMED, the last on the way back, does not, and nobody can be asked.
         let probe = World::new();
-        probe.migrate(&options(1));
+        probe.migrate(&options);
         let bytes = probe.network.traffic()[0].1.saturating_sub(20);
         world.network.cut(Some(Cut { connection: 0, bytes, outgoing: false, for_good: true }));
         let journal = world.source_journal.clone();
         let outcome = world.migrate_with(
-            &options(1),
+            &options,
             &Hooks {
+                detach_destination: true,
                 progress: &|progress, control| {
                     if progress.phase != SourcePhase::Unresolved || progress.note.is_none() {
                         return;
