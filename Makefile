@@ -3,12 +3,13 @@
 CARGO ?= cargo
 BEACON = --manifest-path guest-images/beacon/Cargo.toml
 
-.PHONY: help demo test check unit smoke guest-images bench fuzz build clean
+.PHONY: help demo test check unit smoke lab guest-images bench bench-linux fuzz build clean
 
 help:
 	@echo 'make demo   build, boot the built-in guest, save it, restore it in a new process, verified'
 	@echo 'make test   format, lints, unit tests, and the tests on /dev/kvm'
 	@echo 'make smoke  real Linux guests, on hardware virtualization or in an emulated machine (the lab)'
+	@echo 'make lab    a shell in that machine, with minivmm; CMD=... runs a command there'
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
 	@echo 'make fuzz   the fuzz targets of the virtio devices, FUZZ_SECONDS (60) each; needs cargo-fuzz'
 	@echo 'make build  the release binary, target/release/minivmm'
@@ -31,20 +32,22 @@ check:
 # a test that needs what this machine lacks is counted as skipped.
 unit:
 	$(CARGO) build --workspace --bins --locked
+	$(MAKE) guest-images || echo 'No Linux image: the smoke tests are skipped.'
 	tests/run.sh $(CARGO)
 
-# What runs in the lab finds no libraries there: it is static, and small without debug information.
-# Naming the target keeps the flag away from procedural macros.
-STATIC = --locked --target x86_64-unknown-linux-gnu
-smoke: export RUSTFLAGS = -C target-feature=+crt-static
-smoke: export CARGO_PROFILE_DEV_DEBUG = 0
+# Also part of `make test`.
 smoke: guest-images
-	$(CARGO) build $(STATIC) -p vmm
-	$(CARGO) test $(STATIC) -p tests --test smoke
+	$(CARGO) build --locked -p vmm
+	$(CARGO) test --locked -p tests --test smoke
 
 # The distribution's kernel and busybox, downloaded and unpacked; built again when they are newer.
 guest-images:
 	guest-images/linux/build.sh target/guest-images/linux
+
+# A shell, or a command, in the machine that the smoke tests run in.
+lab: guest-images
+	$(CARGO) build --locked -p vmm -p tests --bins
+	target/debug/lab $(if $(CMD),'$(subst ','\'',$(CMD))')
 
 bench: build
 	$(CARGO) run --release --locked --quiet -p tests --bin bench
@@ -56,6 +59,10 @@ fuzz:
 	cd devices/fuzz && for target in $$($(CARGO) fuzz list); do \
 	    $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=2048 -len_control=0 || exit 1; \
 	done
+
+# A part of it: Linux to its first process, beside QEMU. Without virtualization, in the lab.
+bench-linux: build guest-images
+	$(CARGO) run --release --locked --quiet -p tests --bin bench -- linux
 
 clean:
 	$(CARGO) clean

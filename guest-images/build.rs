@@ -22,16 +22,18 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Loaded where it is linked: no relocation, no dynamic linker, no unwinding. The paths of the
     // machine that built it have no place in the image.
     let remap = format!("--remap-path-prefix={}=beacon", package.display());
+    let remap_crates = format!("--remap-path-prefix={}=cargo", cargo_home()?.display());
     let flags = [
         "-Crelocation-model=static",
         "-Ctarget-feature=+crt-static",
         "-Cforce-unwind-tables=no",
         remap.as_str(),
+        remap_crates.as_str(),
     ];
     let mut cargo = Command::new(env::var("CARGO")?);
     cargo
         .current_dir(&package)
-        .args(["build", "--release", "--locked", "--offline", "--bins", "--target", TARGET])
+        .args(["build", "--release", "--locked", "--bins", "--target", TARGET])
         .arg("--target-dir")
         .arg(&target_dir)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
@@ -50,6 +52,15 @@ fn main() -> Result<(), Box<dyn Error>> {
             .map_err(|error| format!("copying {}: {error}", built.display()))?;
     }
     Ok(())
+}
+
+/// Where cargo keeps the sources of dependencies.
+fn cargo_home() -> Result<PathBuf, Box<dyn Error>> {
+    if let Some(home) = env::var_os("CARGO_HOME") {
+        return Ok(PathBuf::from(home));
+    }
+    let home = env::var_os("HOME").ok_or("neither CARGO_HOME nor HOME is set")?;
+    Ok(PathBuf::from(home).join(".cargo"))
 }
 
 /// Variables of the outer cargo or its user that would change how the guest is built: flags,

@@ -14,10 +14,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 cd "$1"
 
-# Modules with all that they need. For guests: virtio, the power button. For the machine around
+# Modules with all that they need. For guests: virtio, a file system, the power button. For the machine around
 # them in the lab: KVM and its networks.
 MODULES='button evdev
-    virtio_mmio virtio_blk virtio_net virtio_console virtio_balloon virtio-rng
+    virtio_mmio virtio_blk virtio_net virtio_console virtio_balloon virtio-rng ext4 crc32c_generic
     kvm-amd kvm-intel tun veth bridge vxlan ip_gre'
 
 depends() { apt-cache show --no-all-versions "$1" | sed -n 's/^Depends: \([^ ,]*\).*/\1/p'; }
@@ -51,11 +51,12 @@ mkdir -p "$to"
 cp "$tree/modules.builtin" "$tree/modules.order" "$to"
 
 # Copies a module and what it depends on, as its own `depends=` says. Names may be written with
-# either - or _.
+# either - or _. What is built into the kernel needs no file.
 add_module() {
     pattern=$(echo "$1" | sed 's/[-_]/[-_]/g')
     file=$(find "$tree" -name "$pattern.ko" -o -name "$pattern.ko.xz" -o -name "$pattern.ko.zst")
     [ -n "$file" ] || {
+        ! grep -q "/$pattern\.ko" "$tree/modules.builtin" || return 0
         echo "build.sh: $kernel has no module $1" >&2
         exit 1
     }
@@ -75,6 +76,8 @@ for module in $MODULES; do add_module "$module"; done
 
 cp "$here/init" tree/init
 chmod 755 tree/init
+# Where the kernel looks for modprobe.
+ln -s bin tree/sbin
 mkdir -p tree/proc tree/sys tree/dev tree/run tree/tmp tree/mnt tree/etc
 (cd tree && find . | LC_ALL=C sort | "$busybox" cpio -o -H newc -R 0:0 2>/dev/null) >initramfs.cpio
 

@@ -3,28 +3,13 @@
 //! Needs `qemu-system-x86_64` and `/dev/kvm`; without them the tests are reported as ignored.
 #![allow(clippy::unwrap_used)]
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+mod qemu;
 
-use libtest_mimic::{Arguments, Trial};
-use serde_json::Value;
+use libtest_mimic::Arguments;
+
+use self::qemu::{exclusive, trial, Guest};
 
 fn main() -> std::process::ExitCode {
-    let possible = Command::new("qemu-system-x86_64").arg("--version").output().is_ok()
-        && File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    let trial = |name: &str, test: fn()| {
-        let run = move || {
-            test();
-            Ok(())
-        };
-        Trial::test(name, run).with_ignored_flag(!possible)
-    };
     let tests = vec![
         trial("starts_works_and_ends_on_every_machine", starts_works_and_ends_on_every_machine),
         trial("a_damaged_page_is_found_and_named", a_damaged_page_is_found_and_named),
@@ -38,130 +23,6 @@ fn main() -> std::process::ExitCode {
         trial("exits_are_measured", exits_are_measured),
     ];
     libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
-}
-
-/// Far beyond what anything here takes; a machine that is busy must not fail a test.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// One VM at a time: the guests spin, and QEMU of two tests would starve each other.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-struct Guest {
-    qemu: Child,
-    input: ChildStdin,
-    lines: Receiver<String>,
-    folder: PathBuf,
-}
-
-impl Guest {
-    /// Starts beacon.
-    fn start(test: &str, machine: &str, cpus: u32, options: &str) -> Self {
-        let folder = std::env::temp_dir()
-            .join(format!("beacon-{test}-{}-{cpus}-{machine}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("beacon.elf"), guest_images::BEACON).unwrap();
-        std::fs::write(folder.join("bios.bin"), guest_images::qemu_bios()).unwrap();
-        let mut qemu = Command::new("qemu-system-x86_64")
-            .current_dir(&folder)
-            // The KVM of some machines announces arch-capabilities and does not have it.
-            .args([
-                "-enable-kvm",
-                "-cpu",
-                "host,-arch-capabilities",
-                "-machine",
-                machine,
-                "-m",
-                "128",
-            ])
-            .args(["-smp", &cpus.to_string(), "-bios", "bios.bin"])
-            .args(["-kernel", "beacon.elf", "-append", options])
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
-            .args(["-monitor", "unix:monitor,server,nowait", "-action", "reboot=shutdown"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let output = BufReader::new(qemu.stdout.take().unwrap());
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            for line in output.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        let input = qemu.stdin.take().unwrap();
-        Self { qemu, input, lines, folder }
-    }
-
-    /// The next event; every line must be one JSON object.
-    fn next(&mut self) -> Option<Value> {
-        match self.lines.recv_timeout(PATIENCE) {
-            Ok(line) => {
-                let value: Value = serde_json::from_str(&line)
-                    .unwrap_or_else(|error| panic!("not JSON ({error}): {line}"));
-                assert!(value["event"].is_string(), "no event: {line}");
-                Some(value)
-            }
-            Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => panic!("no line for {PATIENCE:?}"),
-        }
-    }
-
-    /// Skips to the next event of a name.
-    fn wait_for(&mut self, event: &str) -> Value {
-        loop {
-            let value = self.next().unwrap_or_else(|| panic!("the guest ended before {event}"));
-            if value["event"] == event {
-                return value;
-            }
-        }
-    }
-
-    fn say(&mut self, command: &str) {
-        writeln!(self.input, "{command}").unwrap();
-    }
-
-    fn monitor(&self, command: &str) {
-        let mut monitor = UnixStream::connect(self.folder.join("monitor")).unwrap();
-        let mut prompt = |then: &str| {
-            let mut seen = Vec::new();
-            let mut byte = [0];
-            while !seen.ends_with(b"(qemu) ") {
-                monitor.read_exact(&mut byte).unwrap();
-                seen.push(byte[0]);
-            }
-            monitor.write_all(then.as_bytes()).unwrap();
-        };
-        prompt(&format!("{command}\n"));
-        prompt("");
-    }
-
-    /// Waits for QEMU to end by itself.
-    fn end(mut self) -> ExitStatus {
-        while self.next().is_some() {}
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.qemu.try_wait().unwrap() {
-                return status;
-            }
-            assert!(start.elapsed() < PATIENCE, "QEMU does not end");
-            std::thread::yield_now();
-        }
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // Both fail only when it is gone already.
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
-}
-
-fn exclusive() -> std::sync::MutexGuard<'static, ()> {
-    ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 fn starts_works_and_ends_on_every_machine() {

@@ -10,19 +10,31 @@
 //! - [`volatile_io`]: guest memory to and from sockets, without a copy.
 
 pub mod address;
+mod clock;
+pub mod destination;
+pub mod handover;
+pub mod identity;
+pub mod journal;
 pub mod layout;
+mod link;
 pub mod page_set;
+pub mod report;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod simulated;
 pub mod snapshot;
+pub mod source;
 pub mod stream;
+pub mod transport;
+mod verify;
 pub mod vm;
 pub mod volatile_io;
 
 pub use address::{ClaimedRange, Gfn, Gpa, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
+pub use identity::{MigrationId, Token};
 pub use layout::{LayoutError, MemoryLayout};
+pub use link::Timing;
 pub use page_set::PageSet;
 pub use vm::{
-    DestinationMemory, DirtySource, GuestMemory, PauseReason, Placed, Section, VmControl, VmError,
-    VmState,
+    DestinationHost, DestinationMemory, DestinationVm, DirtySource, FirstTouch, GuestMemory, Mode,
+    Offer, PauseReason, Placed, Section, SourceVm, VmControl, VmError, VmState,
 };

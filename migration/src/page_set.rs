@@ -96,6 +96,36 @@ impl PageSet {
         Ok(())
     }
 
+    /// The pages of a range as a bitmap, bit 0 of the first word being its first page, into
+    /// `words`, whose old contents are lost; bits beyond the range are zero. Returns how many
+    /// there are.
+    ///
+    /// # Errors
+    /// [`RangeError::Outside`].
+    pub fn bitmap(&self, range: PageRange, words: &mut Vec<u64>) -> Result<u64, RangeError> {
+        let indices = self.layout.index_range(range)?;
+        let shift = indices.start % WORD_BITS;
+        let first = (indices.start / WORD_BITS) as usize;
+        words.clear();
+        let mut count = 0;
+        let mut left = range.pages();
+        let mut at = first;
+        while left > 0 {
+            let low = self.words[at] >> shift;
+            let high = match (shift, self.words.get(at + 1)) {
+                (0, _) | (_, None) => 0,
+                (_, Some(next)) => next << (WORD_BITS - shift),
+            };
+            let bits = left.min(WORD_BITS);
+            let word = (low | high) & (u64::MAX >> (WORD_BITS - bits));
+            count += u64::from(word.count_ones());
+            words.push(word);
+            left -= bits;
+            at += 1;
+        }
+        Ok(count)
+    }
+
     /// Whether all pages of a range are in the set; `false` for a range outside the layout.
     pub fn contains(&self, range: PageRange) -> bool {
         self.layout
@@ -107,7 +137,7 @@ impl PageSet {
     pub fn intersects(&self, range: PageRange) -> bool {
         self.layout
             .index_range(range)
-            .is_ok_and(|indices| self.next_set(indices.start).is_some_and(|at| at < indices.end))
+            .is_ok_and(|indices| self.next_set(indices.start, indices.end).is_some())
     }
 
     /// Number of pages in the set.
@@ -153,7 +183,7 @@ impl PageSet {
     pub fn runs(&self) -> impl Iterator<Item = PageRange> + '_ {
         let mut next = 0;
         std::iter::from_fn(move || {
-            let start = self.next_set(next)?;
+            let start = self.next_set(next, self.layout.total_pages())?;
             let room = self.layout.range_from(start, self.layout.total_pages())?;
             next = self.next_clear(start, start + room.pages());
             self.layout.range_from(start, next)
@@ -182,15 +212,17 @@ impl PageSet {
         }
     }
 
-    /// First index in the set at or after `from`.
-    fn next_set(&self, from: u64) -> Option<u64> {
+    /// First index in the set at or after `from`, and before `limit`.
+    fn next_set(&self, from: u64, limit: u64) -> Option<u64> {
         let mut word = (from / WORD_BITS) as usize;
-        let mut bits = self.words.get(word)? & (u64::MAX << (from % WORD_BITS));
+        let last = (limit.div_ceil(WORD_BITS) as usize).min(self.words.len());
+        let mut bits = self.words[..last].get(word)? & (u64::MAX << (from % WORD_BITS));
         while bits == 0 {
             word += 1;
-            bits = *self.words.get(word)?;
+            bits = *self.words[..last].get(word)?;
         }
-        Some(word as u64 * WORD_BITS + u64::from(bits.trailing_zeros()))
+        let found = word as u64 * WORD_BITS + u64::from(bits.trailing_zeros());
+        (found < limit).then_some(found)
     }
 
     /// First index not in the set at or after `from`, but at most `limit`.
@@ -332,6 +364,24 @@ mod tests {
             let in_probe = model_a.range(start..probe.end().0).count() as u64;
             prop_assert_eq!(set_a.contains(probe), in_probe == probe.pages());
             prop_assert_eq!(set_a.intersects(probe), in_probe > 0);
+
+            let mut words = Vec::new();
+            let pages_there = set_a.bitmap(probe, &mut words).unwrap();
+            prop_assert_eq!(pages_there, in_probe);
+            let mut copy = PageSet::empty(&layout());
+            copy.insert_bitmap(probe.start(), &words).unwrap();
+            let mut expected = PageSet::empty(&layout());
+            expected.insert(probe).unwrap();
+            expected.intersect(&set_a);
+            prop_assert_eq!(&copy, &expected);
+            let far = range(1027 + start.min(60), pages.min(10));
+            set_a.bitmap(far, &mut words).unwrap();
+            let mut copy = PageSet::empty(&layout());
+            copy.insert_bitmap(far.start(), &words).unwrap();
+            let mut expected = PageSet::empty(&layout());
+            expected.insert(far).unwrap();
+            expected.intersect(&set_a);
+            prop_assert_eq!(&copy, &expected);
 
             let mut both = set_a.clone();
             both.union(&set_b);

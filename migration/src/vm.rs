@@ -6,13 +6,16 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
 use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES};
+use crate::identity::MigrationId;
 use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
+use crate::snapshot::Blob;
+use crate::stream::{BlobKind, Config, Machine};
 
 /// Why the VM could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +100,30 @@ pub trait DirtySource: Send + Sync {
     /// # Errors
     /// [`VmError::Range`], [`VmError::Os`].
     fn clear(&self, range: PageRange) -> Result<(), VmError>;
+
+    /// Clears the log for those pages of `range` whose bit in `pages` is set, bit 0 of the first
+    /// word being the first page of the range, and protects them again. The engine's ranges
+    /// begin at a multiple of 64 pages from the start of their region, and bits beyond the range
+    /// are zero, so that this can be one KVM_CLEAR_DIRTY_LOG.
+    ///
+    /// # Errors
+    /// As [`DirtySource::clear`].
+    fn clear_pages(&self, range: PageRange, pages: &[u64]) -> Result<(), VmError> {
+        let mut start = None;
+        for at in 0..=range.pages() {
+            let word = pages.get((at / 64) as usize).copied().unwrap_or(0);
+            let set = at < range.pages() && word >> (at % 64) & 1 == 1;
+            match (set, start) {
+                (true, None) => start = Some(at),
+                (false, Some(from)) => {
+                    self.clear(PageRange::new(Gfn(range.start().0 + from), at - from)?)?;
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Why the engine stops the guest; for logs and events.
@@ -124,6 +151,14 @@ pub trait VmControl: Send + Sync {
     /// # Errors
     /// [`VmError::Other`]; the VM stays paused.
     fn resume(&self) -> Result<(), VmError>;
+
+    /// Whether an operator wants the guest paused, apart from the engine's own pause. While the
+    /// engine holds the guest ([`VmControl::pause`] to [`VmControl::resume`]) an operator's pause
+    /// or resume only changes this answer. The engine does not resume a guest that an operator
+    /// paused, and tells the destination to leave it paused.
+    fn paused_by_operator(&self) -> bool {
+        false
+    }
 }
 
 /// The state of one part of the machine, opaque to this crate.
@@ -200,4 +235,165 @@ pub trait DestinationMemory: GuestMemory {
     /// # Errors
     /// [`VmError::Range`], [`VmError::Os`].
     fn place_page(&self, gfn: Gfn, data: &[u8; PAGE_BYTES]) -> Result<Placed, VmError>;
+}
+
+/// A VM that is migrated away. All but the supertraits has a default that does nothing.
+pub trait SourceVm: GuestMemory + DirtySource + VmControl + VmState {
+    /// How long [`VmState::save_sections`] will take; part of the predicted pause.
+    fn expected_save(&self) -> Duration {
+        Duration::from_millis(1)
+    }
+
+    /// Brings the disks' caches to the disk, during the last live round: so little is left for the
+    /// pause.
+    ///
+    /// # Errors
+    /// [`VmError`]; the migration is given up.
+    fn flush_disks(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    /// Gives up what only one process may own (disk locks), in the pause, before the hand-over. The
+    /// VM is paused and its disks are at rest and flushed.
+    ///
+    /// # Errors
+    /// [`VmError`]; the migration is given up, and [`SourceVm::reclaim_ownership`] is called.
+    fn release_ownership(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    /// Takes back what [`SourceVm::release_ownership`] gave up, all or part of it.
+    ///
+    /// # Errors
+    /// [`VmError`]; the VM stays paused, and it is tried again.
+    fn reclaim_ownership(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+}
+
+/// How memory that nobody has touched yet is best filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FirstTouch {
+    /// Through a buffer and [`DestinationMemory::fill`].
+    #[default]
+    Fill,
+    /// [`DestinationMemory::populate_ahead`] on a thread of its own, then straight into it.
+    Populate,
+}
+
+/// A VM that was made for an incoming migration. It is paused, its memory reads as zeros, and its
+/// disks are open but not owned.
+///
+/// The engine loads state through [`DestinationVm::load_state`] and never saves it here. Dropping
+/// the last reference without [`DestinationVm::take_ownership`] must leave no trace.
+pub trait DestinationVm: DestinationMemory + VmState {
+    /// How memory is best filled here.
+    fn first_touch(&self) -> FirstTouch {
+        FirstTouch::default()
+    }
+
+    /// As [`VmState::load_sections`], for a guest that has been standing since `paused` while the
+    /// world went on: its clocks are to include the time away.
+    ///
+    /// # Errors
+    /// As there.
+    fn load_state(&self, sections: &[Section], paused: Instant) -> Result<(), VmError> {
+        let _ = paused;
+        self.load_sections(sections)
+    }
+
+    /// How long [`DestinationVm::load_state`] will take; part of the source's predicted pause.
+    fn expected_load(&self) -> Duration {
+        Duration::from_millis(1)
+    }
+
+    /// Whether the disks could be owned if the source gave them up now: the last check before the
+    /// source may commit.
+    ///
+    /// # Errors
+    /// [`VmError`] with the reason; the source goes on.
+    fn check_ownership(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    /// The VM belongs here now: takes the disks, and the name.
+    ///
+    /// # Errors
+    /// [`VmError`]; the VM stays paused, and it is tried again.
+    fn take_ownership(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    /// Lets the guest run, or, without `run`, leaves it as an operator's pause does.
+    ///
+    /// # Errors
+    /// [`VmError`]; the VM stays paused, and it is tried again.
+    fn start(&self, run: bool) -> Result<(), VmError>;
+}
+
+/// Where VMs can come in.
+pub trait DestinationHost: Send + Sync {
+    /// Whether this host can run the VM: every reason why not. Nothing is made yet.
+    fn check(&self, offer: &Offer) -> Vec<String>;
+
+    /// Makes the VM.
+    ///
+    /// # Errors
+    /// Every reason why it cannot be made; nothing is left of it.
+    fn prepare(
+        &self,
+        offer: &Offer,
+        blobs: Vec<Blob>,
+    ) -> Result<Arc<dyn DestinationVm>, Vec<String>>;
+
+    /// The VM that was made for this migration will not run here: drop it.
+    fn discarded(&self, id: MigrationId) {
+        let _ = id;
+    }
+}
+
+/// How a VM is migrated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u16)]
+pub enum Mode {
+    /// Memory is copied while the guest runs.
+    Precopy = 1,
+    /// The guest is paused first.
+    Cold = 2,
+}
+
+/// What a source offers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// Which migration.
+    pub id: MigrationId,
+    /// The source's address, for a person.
+    pub peer: String,
+    /// Name of the VM.
+    pub name: String,
+    /// How it is migrated.
+    pub mode: Mode,
+    /// Page connections.
+    pub connections: u16,
+    /// Whether memory is compared before the state is loaded.
+    pub verify: bool,
+    /// How long the guest may be paused.
+    pub downtime: Duration,
+    /// Pages that the source expects to send in round 0.
+    pub populated_pages: u64,
+    /// Identity of the machine.
+    pub machine: Machine,
+    /// Its configuration.
+    pub config: Config,
+    /// What is true of its backends: disks, networks.
+    pub resources: Config,
+    /// Its memory: a claim, to be compared with what the configuration asks for.
+    pub layout: MemoryLayout,
+    /// Kind and length of the blobs that will follow.
+    pub blobs: Vec<(BlobKind, u64)>,
+    /// How often each side shows that it is there.
+    pub alive: Duration,
+    /// After how long silence the peer is dead.
+    pub dead: Duration,
 }

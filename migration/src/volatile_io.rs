@@ -6,12 +6,147 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
 
+use crate::address::PAGE_BYTES;
+
 /// Most buffers that one call takes (IOV_MAX, limits.h; UIO_MAXIOV in the kernel).
 const MAX_BUFFERS: usize = 1024;
+
+/// Somewhere that guest memory can be written to without a copy.
+pub trait WriteGuest {
+    /// Writes `head`, then all of `slices`.
+    ///
+    /// # Errors
+    /// As [`write_all`].
+    fn write_guest(&mut self, head: &[u8], slices: &[VolatileSlice<'_>]) -> io::Result<()>;
+}
+
+/// Somewhere that guest memory can be read from without a copy.
+pub trait ReadGuest {
+    /// Fills all of `slices`.
+    ///
+    /// # Errors
+    /// As [`read_exact`].
+    fn read_guest(&mut self, slices: &[VolatileSlice<'_>]) -> io::Result<()>;
+}
+
+impl<T: AsFd> WriteGuest for T {
+    fn write_guest(&mut self, head: &[u8], slices: &[VolatileSlice<'_>]) -> io::Result<()> {
+        write_all(self.as_fd(), head, slices)
+    }
+}
+
+impl<T: AsFd> ReadGuest for T {
+    fn read_guest(&mut self, slices: &[VolatileSlice<'_>]) -> io::Result<()> {
+        read_exact(self.as_fd(), slices)
+    }
+}
+
+/// Whether the page at byte `offset` of `slice` holds only zeros. The guest may write to it
+/// meanwhile; the dirty log then has it again.
+///
+/// # Panics
+/// When the page is not within the slice.
+pub fn is_zero_page(slice: &VolatileSlice<'_>, offset: usize) -> bool {
+    assert!(offset <= slice.len() && slice.len() - offset >= PAGE_BYTES, "page beyond the slice");
+    let guard = slice.ptr_guard();
+    // SAFETY: just checked to be within the slice, hence within one mapping.
+    let page = unsafe { guard.as_ptr().add(offset) };
+    if page.align_offset(16) == 0 {
+        // SAFETY: a page of mapped memory, aligned for the widest access that is made.
+        unsafe { is_zero_aligned(page) }
+    } else {
+        // SAFETY: a page of mapped memory; single bytes need no alignment.
+        (0..PAGE_BYTES).all(|at| unsafe { page.add(at).read_volatile() } == 0)
+    }
+}
+
+/// # Safety
+/// `page` points to [`PAGE_BYTES`] bytes of mapped memory and is aligned to 16 bytes. Anyone may write
+/// to them at any time.
+unsafe fn is_zero_aligned(page: *const u8) -> bool {
+    // Nearly every page that is not zero has something in one of these words.
+    for at in [0, PAGE_BYTES - 8, PAGE_BYTES / 2, PAGE_BYTES / 4] {
+        // SAFETY: within the page, aligned; volatile, since others may write to it.
+        if unsafe { page.add(at).cast::<u64>().read_volatile() } != 0 {
+            return false;
+        }
+    }
+    // SAFETY: as this function's own contract.
+    unsafe { is_zero_wide(page) }
+}
+
+/// Looks at 128 bytes at a time. Assembly, because it reads memory that others write to, which no
+/// Rust reference and no ordinary load may do, and volatile loads are not made wide.
+///
+/// # Safety
+/// As [`is_zero_aligned`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn is_zero_wide(page: *const u8) -> bool {
+    let mask: u32;
+    // SAFETY: reads from `page` up to `end`, exclusive, in steps of 128 that end exactly there,
+    // with accesses of 16 bytes aligned to 16. Writes nothing but the named registers.
+    // SSE2 is part of x86-64.
+    unsafe {
+        std::arch::asm!(
+            "pxor {zero}, {zero}",
+            "2:",
+            "movdqa {a}, [{at}]",
+            "movdqa {b}, [{at} + 16]",
+            "por {a}, [{at} + 32]",
+            "por {b}, [{at} + 48]",
+            "por {a}, [{at} + 64]",
+            "por {b}, [{at} + 80]",
+            "por {a}, [{at} + 96]",
+            "por {b}, [{at} + 112]",
+            "por {a}, {b}",
+            "pcmpeqb {a}, {zero}",
+            "pmovmskb {mask:e}, {a}",
+            "cmp {mask:e}, 0xffff",
+            "jne 3f",
+            "add {at}, 128",
+            "cmp {at}, {end}",
+            "jne 2b",
+            "3:",
+            at = inout(reg) page => _,
+            end = in(reg) page.add(PAGE_BYTES),
+            mask = out(reg) mask,
+            a = out(xmm_reg) _,
+            b = out(xmm_reg) _,
+            zero = out(xmm_reg) _,
+            options(nostack, readonly),
+        );
+    }
+    mask == 0xffff
+}
+
+/// # Safety
+/// As [`is_zero_aligned`].
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn is_zero_wide(page: *const u8) -> bool {
+    let words = page.cast::<u64>();
+    // SAFETY: within the page, aligned; volatile, since others may write to it.
+    (0..PAGE_BYTES / 8).all(|at| unsafe { words.add(at).read_volatile() } == 0)
+}
+
+/// Makes the kernel provide memory for all of `slice` (MADV_POPULATE_WRITE, madvise(2)), or only
+/// map what is there already and fill holes (MADV_POPULATE_READ). Contents do not change.
+///
+/// # Errors
+/// What madvise(2) says; `EINVAL` from kernels before 5.14.
+pub fn populate(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
+    let advice = if write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+    let guard = slice.ptr_guard_mut();
+    // SAFETY: the VolatileSlice promises that this memory is mapped for as long as it lives;
+    // populating changes neither its contents nor what it is.
+    match unsafe { libc::madvise(guard.as_ptr().cast(), slice.len(), advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// Writes `head`, then all of `slices`, to a blocking descriptor. Goes on after partial writes
 /// and interruptions.
@@ -91,4 +226,36 @@ fn transfer(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_single_bit_anywhere_makes_a_page_not_zero() {
+        let mut memory = vec![0u8; 3 * PAGE_BYTES + 64];
+        for misaligned in [0, 1, 8] {
+            let start = memory.as_ptr().align_offset(PAGE_BYTES) % PAGE_BYTES + misaligned;
+            // What is around the page must not matter.
+            memory.fill(0xff);
+            memory[start..start + PAGE_BYTES].fill(0);
+            for at in 0..=PAGE_BYTES {
+                if at < PAGE_BYTES {
+                    memory[start + at] = 1 << (at % 8);
+                }
+                let slice = VolatileSlice::from(&mut memory[..]);
+                assert_eq!(is_zero_page(&slice, start), at == PAGE_BYTES, "byte {at}");
+                memory[start..start + PAGE_BYTES].fill(0);
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "page beyond the slice")]
+    fn a_page_beyond_the_slice_is_not_read() {
+        let mut memory = vec![0u8; PAGE_BYTES];
+        let _ = is_zero_page(&VolatileSlice::from(&mut memory[..]), 1);
+    }
 }

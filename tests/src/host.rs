@@ -25,9 +25,11 @@ const RUNTIME_DIR: &str = "MINIVMM_RUNTIME_DIR";
 pub fn binary() -> PathBuf {
     let path = std::env::var_os("MINIVMM_BIN").map_or_else(
         || {
-            // target/PROFILE/deps/TEST-HASH
-            let test = std::env::current_exe().unwrap();
-            test.parent().and_then(Path::parent).unwrap().join("minivmm")
+            // target/PROFILE/deps/TEST-HASH, or target/PROFILE/PROGRAM
+            let me = std::env::current_exe().unwrap();
+            let dir = me.parent().unwrap();
+            let dir = if dir.ends_with("deps") { dir.parent().unwrap() } else { dir };
+            dir.join("minivmm")
         },
         PathBuf::from,
     );

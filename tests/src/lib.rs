@@ -23,6 +23,7 @@ mod guest;
 mod host;
 pub mod lab;
 mod needs;
+pub mod network;
 mod process;
 mod snapshot;
 mod suite;

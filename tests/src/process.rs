@@ -115,6 +115,14 @@ pub fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     }
 }
 
+/// `command` as one that is killed when the thread that starts it ends, however that comes about:
+/// also when this process is killed. The standard streams are to be set on what this gives back.
+pub fn tied(command: &Command) -> Command {
+    let mut tied = Command::new("setpriv");
+    tied.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    tied
+}
+
 /// Runs a command to its end with `input` on its standard input.
 ///
 /// # Panics
@@ -149,5 +157,25 @@ pub fn finish(mut command: Command, input: &[u8]) -> Finished {
         signal: status.signal(),
         stdout: stdout.all(),
         stderr: stderr.all(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tied_process_does_not_outlive_the_thread_that_started_it() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo ready; exec sleep 600"]);
+        let start = move || {
+            let mut child = tied(&command).stdout(Stdio::piped()).spawn().unwrap();
+            let mut line = [0; 6];
+            child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+            child
+        };
+        let mut child = std::thread::spawn(start).join().unwrap();
+        let status = wait(&mut child, PATIENCE).expect("it is gone");
+        assert_eq!(status.signal(), Some(9));
     }
 }

@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use migration::source::OnStall;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::config::VmConfig;
 use crate::events::EventLog;
@@ -21,7 +23,11 @@ pub enum VmStatus {
     Running,
     /// vCPUs are stopped; `resume` goes on.
     Paused,
-    /// The guest powered off or was killed; the process is about to end.
+    /// Being moved here; the guest is still elsewhere.
+    Incoming,
+    /// Frozen: it was handed over, or not; nobody knows yet who owns it.
+    Unresolved,
+    /// The guest powered off, was killed or handed over; the process is about to end.
     Stopped,
     /// The guest crashed (triple fault, or KVM gave up); registers are in the event log.
     Crashed,
@@ -111,6 +117,77 @@ pub struct DeviceStats {
     pub counters: BTreeMap<String, u64>,
 }
 
+/// How a VM is migrated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationMode {
+    /// Memory is copied while the guest runs.
+    #[default]
+    Precopy,
+    /// The guest is paused first.
+    Cold,
+}
+
+/// Body of `PUT /v1/vm/migrate`. What is absent has the default.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// Where `minivmm receive` listens: `HOST:PORT`.
+    pub to: String,
+    /// How.
+    #[serde(default)]
+    pub mode: MigrationMode,
+    /// How long the guest may stand still, microseconds.
+    #[serde(default)]
+    pub downtime_us: Option<u64>,
+    /// After so many milliseconds it is given up.
+    #[serde(default)]
+    pub timeout_ms: Option<u64>,
+    /// What is done when a limit is reached before the pause would be short enough.
+    #[serde(default)]
+    pub on_stall: Option<OnStall>,
+    /// Connections for memory, 1 to 64.
+    #[serde(default)]
+    pub connections: Option<u16>,
+    /// Bytes per second while the guest runs; 0 is no limit.
+    #[serde(default)]
+    pub bandwidth: Option<u64>,
+    /// Whether both ends hash memory in the pause and compare.
+    #[serde(default)]
+    pub verify: bool,
+    /// Most rounds while the guest runs.
+    #[serde(default)]
+    pub max_rounds: Option<u32>,
+    /// Most bytes, as a multiple of the memory in use.
+    #[serde(default)]
+    pub max_bytes_factor: Option<f64>,
+    /// So few dirty pages are few enough, whatever the prediction says.
+    #[serde(default)]
+    pub dirty_pages: Option<u64>,
+    /// Answer at once, with the id.
+    #[serde(default)]
+    pub detach: bool,
+}
+
+/// Body of `PUT /v1/vm/migrate-set`. What is absent stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MigrateSettings {
+    /// See [`MigrateRequest::bandwidth`].
+    pub bandwidth: Option<u64>,
+    /// See [`MigrateRequest::downtime_us`].
+    pub downtime_us: Option<u64>,
+}
+
+/// Answer to `GET /v1/vm/migration`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct MigrationInfo {
+    /// The migration that is under way: id, direction, peer, phase, progress. Null when there is none.
+    pub current: Value,
+    /// The report of the last one that is over. Null before the first.
+    pub last: Value,
+}
+
 /// Accesses to nowhere: ignored, counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnmappedStats {
@@ -183,6 +260,15 @@ pub trait Control: Send + Sync {
     fn set_link(&self, id: &str, up: bool) -> Result<(), ControlError>;
     /// Tells the guest the size of its virtio console, characters.
     fn resize_console(&self, columns: u16, rows: u16) -> Result<(), ControlError>;
+    /// Migrates the VM away. Unless it is to be detached, returns when the migration is over, with
+    /// its report; else with its id.
+    fn migrate(&self, request: &MigrateRequest) -> Result<Value, ControlError>;
+    /// The migration that is under way, and the last one.
+    fn migration(&self) -> MigrationInfo;
+    /// Changes the migration that is under way.
+    fn set_migration(&self, settings: &MigrateSettings) -> Result<(), ControlError>;
+    /// Gives the migration up that is under way, whichever way it goes.
+    fn cancel_migration(&self) -> Result<(), ControlError>;
     /// The event log, to read and to follow.
     fn events(&self) -> &EventLog;
 }

@@ -283,6 +283,8 @@ macro_rules! plain_payload {
     };
 }
 
+pub(crate) use plain_payload;
+
 plain_payload!(IdentityV1, "identity", 1);
 plain_payload!(ConfigV1, "config", 1);
 plain_payload!(ConfigV2, "config", 2);

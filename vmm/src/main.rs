@@ -9,6 +9,7 @@ fn main() -> ExitCode {
         let end = match launch {
             Launch::Run(settings) => vmm::run::run(settings)?,
             Launch::Restore(settings) => vmm::run::restore(settings)?,
+            Launch::Receive(settings) => vmm::run::receive(&settings)?,
         };
         Ok(end.into())
     })

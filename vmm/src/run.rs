@@ -1,8 +1,10 @@
 //! The life of a process that runs one VM: from settings to an exit code.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -11,18 +13,20 @@ use crate::api;
 use crate::boot::{BootError, Image};
 use crate::cli::{on_resize, on_termination, CliError, Exit};
 use crate::config::{
-    ConfigError, ConsoleConfig, OnReboot, ProcessSettings, RestoreSettings, RunSettings, VmConfig,
+    ConfigError, ConsoleConfig, OnReboot, ProcessSettings, ReceiveSettings, RestoreSettings,
+    RunSettings, VmConfig,
 };
-use crate::console::{Console, ConsoleError, ConsoleHandle, ConsoleInput};
-use crate::control::{Control, ControlError, SaveReport, VmInfo, VmStats, VmStatus};
+use crate::console::{Console, ConsoleError, ConsoleInput};
+use crate::control::VmStatus;
 use crate::events::EventLog;
 use crate::kvm::{HostKvm, KvmError};
 use crate::machine::{BootMedia, Machine, MachineBuilder, MachineError};
-use crate::process;
+use crate::migrate::{Ended, FrontDoor, LogbookError, Received, Stage};
 use crate::runtime_dir::{ClaimedName, Pidfile, RuntimeDir, RuntimeDirError};
 use crate::snapshot::{self, SaveError};
 use crate::vcpu::GuestRequest;
 use crate::virtio::DiskOwnership;
+use crate::vm_handle::VmHandle;
 
 /// How long console output may take to flow out at the end.
 const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
@@ -36,6 +40,10 @@ pub enum RunEnd {
     Killed,
     /// The guest crashed; its registers were printed.
     Crashed,
+    /// The VM was migrated and runs elsewhere.
+    HandedOver,
+    /// The process ended without knowing whether the VM runs elsewhere.
+    Unresolved,
 }
 
 /// Why a VM could not be run.
@@ -68,6 +76,28 @@ pub enum RunError {
          with --console", .0.display()
     )]
     ConsoleFile(PathBuf),
+    /// The journal of migrations.
+    #[error(transparent)]
+    Logbook(#[from] LogbookError),
+    /// It cannot listen.
+    #[error(
+        "cannot listen on {address} for VMs: {error}; give --listen ADDRESS:PORT of this host"
+    )]
+    Listen {
+        /// Where.
+        address: String,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// A thread of the migration engine.
+    #[error("cannot receive: {0}")]
+    Receive(std::io::Error),
+    /// No VM came.
+    #[error("no VM came: {}", .0.join("; "))]
+    NotReceived(Vec<String>),
+    /// A VM came and nobody knows who owns it.
+    #[error("it is unresolved who owns the VM that came: {}; see `minivmm resolve --help`", .0.join("; "))]
+    Unresolved(Vec<String>),
     /// The control API.
     #[error("cannot start the control API: {0}")]
     Api(std::io::Error),
@@ -79,7 +109,8 @@ pub enum RunError {
 impl From<RunEnd> for Exit {
     fn from(end: RunEnd) -> Self {
         match end {
-            RunEnd::PoweredOff | RunEnd::Killed => Self::Ok,
+            RunEnd::PoweredOff | RunEnd::Killed | RunEnd::HandedOver => Self::Ok,
+            RunEnd::Unresolved => Self::Unresolved,
             RunEnd::Crashed => Self::GuestCrashed,
         }
     }
@@ -89,8 +120,10 @@ impl From<RunError> for CliError {
     fn from(error: RunError) -> Self {
         let exit = match error {
             RunError::RuntimeDir(error) => return error.into(),
+            RunError::Unresolved(_) => Exit::Unresolved,
             // What was asked for cannot be: another command line may do.
             RunError::ConsoleFile(_)
+            | RunError::Listen { .. }
             | RunError::Boot(_)
             | RunError::Config(_)
             | RunError::Machine(MachineError::Boot(_) | MachineError::Cpu(_)) => Exit::Usage,
@@ -145,6 +178,64 @@ fn open_media(config: &VmConfig) -> Result<BootMedia, BootError> {
 
 type SavedParts = (Vec<kvm_bindings::CpuId>, snapshot::Loader);
 
+/// A machine with all that surrounds it in its process.
+pub struct Assembled {
+    /// Its name.
+    pub(crate) name: ClaimedName,
+    /// Its console.
+    pub(crate) console: Console,
+    /// The machine; its vCPUs stand.
+    pub(crate) machine: Arc<Machine>,
+    /// What its guest and operators ask for.
+    pub(crate) requests: Receiver<GuestRequest>,
+    /// The control API's way to it.
+    pub(crate) handle: Arc<VmHandle>,
+}
+
+impl Assembled {
+    /// Makes a machine under a name that was claimed.
+    pub(crate) fn new(
+        host: &HostKvm,
+        name: ClaimedName,
+        config: VmConfig,
+        media: BootMedia,
+        cpuid: Option<Vec<kvm_bindings::CpuId>>,
+        disks: DiskOwnership,
+    ) -> Result<Self, RunError> {
+        let events = EventLog::default();
+        let (console, writer) = Console::open(&config.console, &name.console_paths())?;
+        let builder = MachineBuilder { host, config, media, console: writer, events, disks, cpuid };
+        let (machine, requests) = builder.build()?;
+        wire_console(&console, &machine);
+        let path = console.path().map(Into::into);
+        let handle = Arc::new(VmHandle::new(Arc::clone(&machine), console.handle(), path));
+        Ok(Self { name, console, machine, requests, handle })
+    }
+
+    /// Tells the guest the size of this terminal, if that is its console.
+    fn follow_terminal(&self) -> Result<(), RunError> {
+        let config = self.machine.config();
+        if !config.virtio_console || config.console != ConsoleConfig::Stdio {
+            return Ok(());
+        }
+        let sized = Arc::clone(&self.machine);
+        on_resize(move |columns, rows| drop(sized.resize_console(columns, rows)))
+            .map_err(RunError::Signals)
+    }
+
+    /// Serves requests until the VM has ended.
+    fn stay(&self) -> RunEnd {
+        let (machine, handle) = (&*self.machine, &*self.handle);
+        wait_for_end(machine, handle, &self.requests, machine.config().on_reboot)
+    }
+
+    /// Ends what still runs. The name is free afterwards.
+    pub(crate) fn dismantle(self) {
+        self.machine.end(VmStatus::Stopped);
+        self.console.close(CONSOLE_FLUSH);
+    }
+}
+
 fn run_machine(
     host: &HostKvm,
     name: ClaimedName,
@@ -154,56 +245,105 @@ fn run_machine(
     saved: Option<SavedParts>,
 ) -> Result<RunEnd, RunError> {
     let _pidfile = process.pidfile.as_deref().map(Pidfile::create).transpose()?;
-    let events = EventLog::default();
-    let (console, writer) = Console::open(&config.console, &name.console_paths())?;
-    let on_reboot = config.on_reboot;
-    let stdio = config.console == ConsoleConfig::Stdio;
-    let virtio_console = config.virtio_console;
     let restored = saved.is_some();
     let (cpuid, loader) = saved.map_or((None, None), |(c, l)| (Some(c), Some(l)));
-    let builder = MachineBuilder {
-        host,
-        config,
-        media,
-        console: writer,
-        events: events.clone(),
-        disks: DiskOwnership::Owner,
-        cpuid,
-    };
-    let (machine, requests) = builder.build()?;
-    let handle = Arc::new(VmHandle {
-        machine: Arc::clone(&machine),
-        console: console.handle(),
-        console_path: console.path().map(Into::into),
-    });
+    let vm = Assembled::new(host, name, config, media, cpuid, DiskOwnership::Owner)?;
     // Whatever goes wrong from here on, the vCPU threads end and the API's socket goes away.
     let result = (|| {
-        let ending = Arc::clone(&machine);
+        let machine = &vm.machine;
+        let ending = Arc::clone(machine);
         on_termination(move |_| ending.kill()).map_err(RunError::Signals)?;
-        wire_console(&console, &machine);
-        if virtio_console && stdio {
-            let sized = Arc::clone(&machine);
-            on_resize(move |columns, rows| drop(sized.resize_console(columns, rows)))
-                .map_err(RunError::Signals)?;
-        }
+        vm.follow_terminal()?;
         match loader {
-            Some(loader) => loader.load(&machine)?,
+            Some(loader) => loader.load(machine)?,
             None => machine.load_boot(false)?,
         }
         machine.set_created();
-        events.push("created", json!({ "pid": std::process::id(), "restored": restored }));
-        let api = api::serve(name.listen()?, Arc::clone(&handle) as _).map_err(RunError::Api)?;
+        let detail = json!({ "pid": std::process::id(), "restored": restored });
+        machine.events().push("created", detail);
+        let listener = vm.name.listen()?;
+        let api = api::serve(listener, Arc::clone(&vm.handle) as _).map_err(RunError::Api)?;
         if !process.paused {
             machine.resume()?;
         }
-        let end = wait_for_end(&machine, &requests, on_reboot);
-        events.close();
+        let end = vm.stay();
+        machine.events().close();
         api.shutdown();
         Ok(end)
     })();
-    machine.end(VmStatus::Stopped);
-    console.close(CONSOLE_FLUSH);
+    vm.dismantle();
     result
+}
+
+/// Waits for a VM that is migrated here, and stays until it has ended.
+pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
+    let _pidfile = settings.process.pidfile.as_deref().map(Pidfile::create).transpose()?;
+    let host = HostKvm::open()?;
+    let door = FrontDoor::open(&settings.listen)?;
+    let stage = Arc::new(Stage::default());
+    let signalled = Arc::clone(&stage);
+    on_termination(move |_| signalled.end()).map_err(RunError::Signals)?;
+    eprintln!("minivmm: listening on {}", door.address());
+    loop {
+        match door.receive(&host, settings, &stage)? {
+            Received::Here(vm, api) => return arrived(vm, api, &door, &stage),
+            Received::Not(reasons) if settings.once || stage.is_ending() => {
+                return Err(RunError::NotReceived(reasons));
+            }
+            Received::Not(reasons) => {
+                eprintln!("minivmm: no VM came: {}; listening on", reasons.join("; "));
+            }
+            Received::Unresolved(reasons) => return Err(RunError::Unresolved(reasons)),
+            Received::Stopped => return Ok(RunEnd::Killed),
+        }
+    }
+}
+
+/// The life of a VM that came from elsewhere.
+fn arrived(
+    mut vm: Assembled,
+    api: api::ApiHandle,
+    door: &FrontDoor,
+    stage: &Stage,
+) -> Result<RunEnd, RunError> {
+    stage.runs(&vm.machine);
+    vm.follow_terminal()?;
+    let over = AtomicBool::new(false);
+    let is_over = || over.load(Ordering::Acquire);
+    let handle = Arc::clone(&vm.handle);
+    let end = thread::scope(|scope| {
+        // Whoever lost the acknowledgement asks what became of the VM.
+        let answers = scope.spawn(|| door.answer(&is_over));
+        let Assembled { name, machine, requests, .. } = &mut vm;
+        scope.spawn(|| take_name_over(name, &handle, &is_over));
+        let end = wait_for_end(machine, &handle, requests, machine.config().on_reboot);
+        over.store(true, Ordering::Release);
+        answers.thread().unpark();
+        end
+    });
+    vm.machine.events().close();
+    api.shutdown();
+    vm.dismantle();
+    Ok(end)
+}
+
+/// Takes the VM's name once the process that it comes from, if that is on this host, gives it up.
+fn take_name_over(name: &mut ClaimedName, handle: &VmHandle, is_over: &dyn Fn() -> bool) {
+    const SOON: Duration = Duration::from_millis(20);
+    const LATER: Duration = Duration::from_secs(1);
+    let begin = Instant::now();
+    while !is_over() {
+        match name.take_over() {
+            Ok(()) => {
+                handle.moved_to(&name.console_paths());
+                return;
+            }
+            Err(RuntimeDirError::NameTaken { .. }) => {}
+            Err(error) => tracing::warn!(%error, "cannot take the VM's name over"),
+        }
+        let patience = if begin.elapsed() < 10 * LATER { SOON } else { LATER };
+        thread::sleep(patience);
+    }
 }
 
 fn wire_console(console: &Console, machine: &Arc<Machine>) {
@@ -222,18 +362,32 @@ fn wire_console(console: &Console, machine: &Arc<Machine>) {
 /// Serves the guest's requests until one ends the VM.
 fn wait_for_end(
     machine: &Machine,
+    handle: &VmHandle,
     requests: &Receiver<GuestRequest>,
     on_reboot: OnReboot,
 ) -> RunEnd {
     // A machine whose senders are gone has ended.
     while let Ok(request) = requests.recv() {
-        match request {
-            GuestRequest::Reset if on_reboot == OnReboot::Restart => {
-                if let Err(error) = machine.reset() {
-                    let reason = format!("the machine could not be reset: {error}");
-                    return crashed(machine, &reason, "");
-                }
+        if request == GuestRequest::Reset && on_reboot == OnReboot::Restart {
+            if let Err(error) = machine.reset() {
+                let reason = format!("the machine could not be reset: {error}");
+                return crashed(machine, &reason, "");
             }
+            continue;
+        }
+        // A migration that is under way ends first; it may turn out that the VM is gone.
+        match handle.end_migration() {
+            Ended::Ours => {}
+            Ended::HandedOver => {
+                machine.end(VmStatus::Stopped);
+                return RunEnd::HandedOver;
+            }
+            Ended::Unresolved => {
+                machine.end(VmStatus::Stopped);
+                return RunEnd::Unresolved;
+            }
+        }
+        match request {
             GuestRequest::Reset | GuestRequest::PowerOff => {
                 let kind = if request == GuestRequest::Reset { "reboot" } else { "power-off" };
                 machine.end(VmStatus::Stopped);
@@ -245,6 +399,7 @@ fn wait_for_end(
                 machine.events().push("killed", serde_json::Value::Null);
                 return RunEnd::Killed;
             }
+            GuestRequest::HandedOver => {}
             GuestRequest::Crash { vcpu, reason, registers } => {
                 return crashed(machine, &format!("vCPU {vcpu}: {reason}"), &registers);
             }
@@ -259,114 +414,4 @@ fn crashed(machine: &Machine, reason: &str, registers: &str) -> RunEnd {
     crate::console::restore();
     eprintln!("minivmm: the guest crashed: {reason}\n{registers}");
     RunEnd::Crashed
-}
-
-/// A machine behind the control API.
-struct VmHandle {
-    machine: Arc<Machine>,
-    console: ConsoleHandle,
-    console_path: Option<PathBuf>,
-}
-
-impl From<MachineError> for ControlError {
-    fn from(error: MachineError) -> Self {
-        match error {
-            MachineError::Ended(_)
-            | MachineError::Busy
-            | MachineError::Blocked(_)
-            | MachineError::NoDevice(_) => Self::Conflict(error.to_string()),
-            MachineError::Size(message) => Self::BadRequest(message),
-            error => Self::Failed(error.to_string()),
-        }
-    }
-}
-
-impl Control for VmHandle {
-    fn info(&self) -> VmInfo {
-        let millis = self.machine.started().elapsed().as_millis();
-        VmInfo {
-            name: self.machine.config().name.clone(),
-            pid: std::process::id(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            status: self.machine.status(),
-            uptime_ms: u64::try_from(millis).unwrap_or(u64::MAX),
-            config: self.machine.config().clone(),
-            console_path: self.console_path.clone(),
-        }
-    }
-
-    fn stats(&self) -> VmStats {
-        let (unmapped, vcpus, pauses, reboots) = self.machine.counters();
-        let ram = self.machine.ram();
-        VmStats {
-            memory_bytes: ram.size(),
-            memory_populated_bytes: ram.populated_bytes(),
-            overhead_bytes: process::overhead_bytes(),
-            cpu_ms: process::cpu_ms(),
-            vcpus,
-            unmapped,
-            devices: self.machine.device_stats(),
-            console_bytes: self.console.written_bytes(),
-            console_dropped_bytes: self.console.dropped_bytes(),
-            reboots,
-            pauses,
-        }
-    }
-
-    fn pause(&self) -> Result<(), ControlError> {
-        Ok(self.machine.pause()?)
-    }
-
-    fn resume(&self) -> Result<(), ControlError> {
-        Ok(self.machine.resume()?)
-    }
-
-    fn power_button(&self) -> Result<(), ControlError> {
-        self.machine.press_power_button()?;
-        Ok(())
-    }
-
-    fn kill(&self) -> Result<(), ControlError> {
-        self.machine.kill();
-        Ok(())
-    }
-
-    fn reset(&self) -> Result<(), ControlError> {
-        Ok(self.machine.reset()?)
-    }
-
-    fn save(&self, path: PathBuf, then_stop: bool) -> Result<SaveReport, ControlError> {
-        let begin = Instant::now();
-        let (summary, paused) = self.machine.save_to(&path, then_stop)?;
-        let report = SaveReport {
-            path,
-            file_bytes: summary.file_bytes,
-            pages: summary.data_pages,
-            zero_pages: summary.zero_pages,
-            absent_pages: summary.absent_pages,
-            paused_ms: paused.as_secs_f64() * 1e3,
-            total_ms: begin.elapsed().as_secs_f64() * 1e3,
-        };
-        self.machine.events().push("saved", json!(report));
-        if then_stop {
-            self.machine.kill();
-        }
-        Ok(report)
-    }
-
-    fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
-        Ok(self.machine.set_balloon(bytes)?)
-    }
-
-    fn set_link(&self, id: &str, up: bool) -> Result<(), ControlError> {
-        Ok(self.machine.set_link(id, up)?)
-    }
-
-    fn resize_console(&self, columns: u16, rows: u16) -> Result<(), ControlError> {
-        Ok(self.machine.resize_console(columns, rows)?)
-    }
-
-    fn events(&self) -> &EventLog {
-        self.machine.events()
-    }
 }

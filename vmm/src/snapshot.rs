@@ -64,31 +64,65 @@ impl Read for ImageReader<'_> {
     }
 }
 
-/// Writes a machine that stands to a temporary file beside `path`; `commit` gives it its name.
-pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveError> {
+/// What a machine is and how it is configured, as it is written to files and peers.
+pub(crate) fn records(machine: &Machine) -> Result<(MachineRecord, Config), IdentityError> {
     let mut identity = machine.identity().clone();
     identity.tsc_khz = machine.guest_tsc_khz();
-    let identity = identity.save_payload(0).map_err(IdentityError::from)?;
-    let config = encode_config(machine.config()).map_err(IdentityError::from)?;
-    let media = machine.media();
-    let mut kernel = ImageReader { image: &media.kernel, at: 0 };
-    let mut initrd = media.initrd.as_ref().map(|image| ImageReader { image, at: 0 });
-    let mut blobs = vec![BlobSource {
-        kind: BlobKind::Kernel,
-        length: media.kernel.len(),
-        reader: &mut kernel,
-    }];
-    if let Some(reader) = &mut initrd {
-        blobs.push(BlobSource { kind: BlobKind::Initrd, length: reader.image.len(), reader });
+    let identity = identity.save_payload(0)?;
+    let config = encode_config(machine.config())?;
+    let record = MachineRecord {
+        program_version: env!("CARGO_PKG_VERSION").to_owned(),
+        identity_version: identity.version,
+        identity: identity.data,
+    };
+    Ok((record, Config { version: config.version, data: config.data }))
+}
+
+/// Readers of kernel and initrd.
+pub(crate) struct MediaReaders<'a> {
+    kernel: ImageReader<'a>,
+    initrd: Option<ImageReader<'a>>,
+}
+
+impl<'a> MediaReaders<'a> {
+    pub(crate) fn new(media: &'a BootMedia) -> Self {
+        let reader = |image: &'a Image| ImageReader { image, at: 0 };
+        Self { kernel: reader(&media.kernel), initrd: media.initrd.as_ref().map(reader) }
     }
+
+    pub(crate) fn blobs(&mut self) -> Vec<BlobSource<'_>> {
+        let kernel = (BlobKind::Kernel, &mut self.kernel);
+        let initrd = self.initrd.as_mut().map(|reader| (BlobKind::Initrd, reader));
+        [Some(kernel), initrd]
+            .into_iter()
+            .flatten()
+            .map(|(kind, reader)| BlobSource { kind, length: reader.image.len(), reader })
+            .collect()
+    }
+}
+
+/// Kernel and initrd out of blobs.
+pub(crate) fn media_of(blobs: Vec<Blob>) -> Result<BootMedia, SaveError> {
+    let mut kernel = None;
+    let mut initrd = None;
+    for Blob { kind, data } in blobs {
+        let (what, slot) = match kind {
+            BlobKind::Kernel => ("kernel", &mut kernel),
+            BlobKind::Initrd => ("initrd", &mut initrd),
+        };
+        *slot = Some(keep(what, &data).map_err(|error| SaveError::Image { what, error })?);
+    }
+    Ok(BootMedia { kernel: kernel.ok_or(SaveError::NoKernel)?, initrd })
+}
+
+/// Writes a machine that stands to a temporary file beside `path`; `commit` gives it its name.
+pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveError> {
+    let (record, config) = records(machine)?;
+    let mut media = MediaReaders::new(machine.media());
     let source = SnapshotSource {
-        machine: MachineRecord {
-            program_version: env!("CARGO_PKG_VERSION").to_owned(),
-            identity_version: identity.version,
-            identity: identity.data,
-        },
-        config: Config { version: config.version, data: config.data },
-        blobs,
+        machine: record,
+        config,
+        blobs: media.blobs(),
         memory: machine,
         state: machine,
     };
@@ -121,16 +155,7 @@ pub fn open(path: &Path, host: &HostKvm) -> Result<Saved, SaveError> {
     let identity = IdentityV1::decode(header.machine.identity_version, header.machine.identity)
         .map_err(IdentityError::from)?;
     let cpuid = identity.check(host, &config)?;
-    let mut kernel = None;
-    let mut initrd = None;
-    for Blob { kind, data } in header.blobs {
-        let (what, slot) = match kind {
-            BlobKind::Kernel => ("kernel", &mut kernel),
-            BlobKind::Initrd => ("initrd", &mut initrd),
-        };
-        *slot = Some(keep(what, &data).map_err(|error| SaveError::Image { what, error })?);
-    }
-    let media = BootMedia { kernel: kernel.ok_or(SaveError::NoKernel)?, initrd };
+    let media = media_of(header.blobs)?;
     Ok(Saved { config, media, cpuid, reader })
 }
 

@@ -29,6 +29,8 @@ pub enum GuestRequest {
     PowerOff,
     /// An operator ends the VM.
     Kill,
+    /// The VM was migrated: what is here is no VM any more.
+    HandedOver,
     /// The guest cannot go on.
     Crash {
         /// Which vCPU.

@@ -22,6 +22,9 @@ mod file;
 mod restore;
 mod save;
 
+pub(crate) use restore::take_chunk;
+pub(crate) use save::{check_sections, write_blob, write_runs, Stop};
+
 pub use restore::{Blob, SnapshotHeader, SnapshotReader, SnapshotState};
 pub use save::{BlobSource, PendingSnapshot, SaveProgress, SaveSummary, SnapshotSource};
 
@@ -32,9 +35,9 @@ use crate::stream::StreamError;
 use crate::vm::VmError;
 
 /// Most STATE records.
-const MAX_SECTIONS: usize = 4096;
+pub(crate) const MAX_SECTIONS: usize = 4096;
 /// Most bytes of state in all STATE records.
-const MAX_STATE_BYTES: u64 = 256 << 20;
+pub(crate) const MAX_STATE_BYTES: u64 = 256 << 20;
 
 /// Why a VM was not saved or not restored.
 #[derive(Debug, thiserror::Error)]

@@ -180,7 +180,7 @@ fn read_header<R: Read>(stream: R) -> Result<(SnapshotHeader, RecordReader<R>), 
 }
 
 /// Adds a piece to the blobs; returns the length of the blob if more must follow.
-fn take_chunk(
+pub(crate) fn take_chunk(
     blobs: &mut Vec<Blob>,
     incomplete: Option<u64>,
     chunk: BlobChunk<'_>,

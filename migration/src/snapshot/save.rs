@@ -115,7 +115,7 @@ impl PendingSnapshot {
 
 /// Why writing stopped.
 #[derive(Debug)]
-pub(super) enum Stop {
+pub(crate) enum Stop {
     Stream(StreamError),
     Other(SnapshotError),
 }
@@ -200,7 +200,7 @@ pub(super) fn write_snapshot<W: Write>(
 }
 
 /// Refuses what a reader would refuse.
-fn check_sections(sections: &[Section]) -> Result<(), Stop> {
+pub(crate) fn check_sections(sections: &[Section]) -> Result<(), Stop> {
     let bytes: u64 = sections.iter().map(|section| section.data.len() as u64).sum();
     if sections.len() > MAX_SECTIONS || bytes > MAX_STATE_BYTES {
         return Err(content(format!(
@@ -229,7 +229,10 @@ fn write_control<W: Write>(
     writer.write(record_type, &[&payload])
 }
 
-fn write_blob<W: Write>(writer: &mut RecordWriter<W>, blob: BlobSource<'_>) -> Result<(), Stop> {
+pub(crate) fn write_blob<W: Write>(
+    writer: &mut RecordWriter<W>,
+    blob: BlobSource<'_>,
+) -> Result<(), Stop> {
     let BlobSource { kind, length: total, reader } = blob;
     if total > MAX_BLOB_BYTES {
         return Err(content(format!("{kind:?} of {total} bytes; the limit is {MAX_BLOB_BYTES}")));
@@ -347,7 +350,8 @@ fn is_zero(page: &[u8]) -> bool {
     page == ZEROS
 }
 
-fn write_runs<W: Write>(
+/// Writes a set of pages as records of runs.
+pub(crate) fn write_runs<W: Write>(
     writer: &mut RecordWriter<W>,
     record_type: RecordType,
     pages: &PageSet,

@@ -95,7 +95,7 @@ struct SectionWire<'a> {
 }
 
 /// One run of bytes instead of a sequence of numbers: the same on the wire, but faster.
-fn as_bytes<S: Serializer>(bytes: &&[u8], serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_bytes<S: Serializer>(bytes: &&[u8], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_bytes(bytes)
 }
 
@@ -178,12 +178,12 @@ pub(crate) fn decode_section(payload: &[u8]) -> Result<Section, Problem> {
     })
 }
 
-fn encode<T: Serialize>(record_type: RecordType, value: &T) -> Result<Vec<u8>, Problem> {
+pub(super) fn encode<T: Serialize>(record_type: RecordType, value: &T) -> Result<Vec<u8>, Problem> {
     bincode::serde::encode_to_vec(value, BINCODE)
         .map_err(|error| Problem::Malformed { record_type, what: error.to_string() })
 }
 
-fn decode<'a, T: Deserialize<'a>>(
+pub(super) fn decode<'a, T: Deserialize<'a>>(
     record_type: RecordType,
     payload: &'a [u8],
 ) -> Result<T, Problem> {

@@ -33,6 +33,19 @@ pub enum StreamKind {
     Snapshot = b'S',
     /// A migration's main connection.
     Migration = b'M',
+    /// A migration's connection for pages.
+    Pages = b'P',
+    /// A question for a verdict.
+    Query = b'Q',
+}
+
+impl StreamKind {
+    /// The kind of this byte, if it is known.
+    pub(crate) fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Snapshot, Self::Migration, Self::Pages, Self::Query]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
+    }
 }
 
 /// The 16 bytes that open a stream.
@@ -44,6 +57,11 @@ pub(crate) fn encode_preamble(kind: StreamKind) -> [u8; PREAMBLE_BYTES] {
     let checksum = crc32c(&bytes[0..12]);
     bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
     bytes
+}
+
+/// The kind of a preamble, for a reader that takes several; [`check_preamble`] judges the rest.
+pub(crate) fn preamble_kind(bytes: &[u8; PREAMBLE_BYTES]) -> Option<StreamKind> {
+    StreamKind::from_byte(bytes[7])
 }
 
 /// Checks a preamble. The version is judged before the rest, since another version may have
@@ -83,28 +101,88 @@ pub enum RecordType {
     Blob = 0x0003,
     /// Which page frames there are.
     Layout = 0x0004,
+    /// The first record of each direction of a main connection.
+    Hello = 0x0005,
+    /// What the source wants to migrate, and how.
+    Offer = 0x0006,
+    /// The destination can take it.
+    Accept = 0x0007,
+    /// The destination cannot take it, with all reasons.
+    Refuse = 0x0008,
+    /// The destination has made the VM.
+    Ready = 0x0009,
+    /// The first record of a page connection.
+    Join = 0x000a,
+    /// The answer to it.
+    Joined = 0x000b,
     /// Pages with contents.
     Pages = 0x0010,
     /// Pages that hold only zeros.
     Zero = 0x0011,
     /// Pages that were never touched.
     Absent = 0x0012,
+    /// Pages that round 0 will look at.
+    Announce = 0x0013,
+    /// A round begins.
+    Round = 0x0014,
+    /// No page follows on this connection.
+    Sync = 0x0015,
+    /// Hashes of memory.
+    Hash = 0x0016,
     /// The state of one part of the machine.
     State = 0x0020,
+    /// No state follows.
+    Complete = 0x0021,
+    /// Everything is loaded; the source may commit.
+    Loaded = 0x0030,
+    /// The commit point.
+    Commit = 0x0031,
+    /// The destination owns the VM and runs it.
+    Resumed = 0x0032,
+    /// The source knows.
+    Done = 0x0033,
+    /// The sender has given up.
+    Abort = 0x0034,
+    /// The sender is there.
+    Alive = 0x0035,
+    /// What became of a migration?
+    Query = 0x0036,
+    /// The answer to it.
+    Verdict = 0x0037,
     /// Totals; nothing follows.
     End = 0x00ff,
 }
 
 impl RecordType {
-    const ALL: [RecordType; 9] = [
+    const ALL: [RecordType; 29] = [
         RecordType::Machine,
         RecordType::Config,
         RecordType::Blob,
         RecordType::Layout,
+        RecordType::Hello,
+        RecordType::Offer,
+        RecordType::Accept,
+        RecordType::Refuse,
+        RecordType::Ready,
+        RecordType::Join,
+        RecordType::Joined,
         RecordType::Pages,
         RecordType::Zero,
         RecordType::Absent,
+        RecordType::Announce,
+        RecordType::Round,
+        RecordType::Sync,
+        RecordType::Hash,
         RecordType::State,
+        RecordType::Complete,
+        RecordType::Loaded,
+        RecordType::Commit,
+        RecordType::Resumed,
+        RecordType::Done,
+        RecordType::Abort,
+        RecordType::Alive,
+        RecordType::Query,
+        RecordType::Verdict,
         RecordType::End,
     ];
 
@@ -120,9 +198,28 @@ impl RecordType {
             RecordType::Blob => (1 << 20) + 24,
             RecordType::Layout => 4 << 10,
             RecordType::Pages => MAX_PAGES_BYTES,
-            RecordType::Zero | RecordType::Absent => MAX_RUNS_BYTES,
+            RecordType::Zero | RecordType::Absent | RecordType::Announce => MAX_RUNS_BYTES,
             RecordType::State => (16 << 20) + (4 << 10),
-            RecordType::End => 256,
+            RecordType::Hello => 1 << 10,
+            RecordType::Offer => (1 << 20) + (4 << 10),
+            RecordType::Refuse => 64 << 10,
+            RecordType::Hash => 4 << 20,
+            RecordType::Abort => 4 << 10,
+            RecordType::End
+            | RecordType::Accept
+            | RecordType::Ready
+            | RecordType::Join
+            | RecordType::Joined
+            | RecordType::Round
+            | RecordType::Sync
+            | RecordType::Complete
+            | RecordType::Loaded
+            | RecordType::Commit
+            | RecordType::Resumed
+            | RecordType::Done
+            | RecordType::Alive
+            | RecordType::Query
+            | RecordType::Verdict => 256,
         }
     }
 }

@@ -2,26 +2,28 @@
 //! without a copy and without a checksum.
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
 
-use crate::address::{PageRange, PAGE_BYTES};
+use vm_memory::VolatileSlice;
+
+use crate::address::{PageRange, PAGE_SIZE};
+use crate::layout::MemoryLayout;
 use crate::stream::error::{Problem, StreamError};
 use crate::stream::format::{RecordHeader, RecordType};
 use crate::stream::pages::{decode_count, decode_table, encode_runs, RUN_BYTES, TABLE_HEAD_BYTES};
 use crate::stream::reader::{read_exact, read_problem, RecordReader};
 use crate::stream::writer::RecordWriter;
 use crate::vm::{DestinationMemory, GuestMemory};
-use crate::volatile_io;
+use crate::volatile_io::{ReadGuest, WriteGuest};
 
-impl<W: Write + AsFd> RecordWriter<W> {
+impl<W: Write + WriteGuest> RecordWriter<W> {
     /// Writes a PAGES record straight from guest memory; `W` must not buffer. The runs have at
     /// most [`MAX_PAGES_PER_RECORD`](super::MAX_PAGES_PER_RECORD) pages together.
     ///
     /// # Errors
     /// [`Problem::TooLong`] and [`Problem::Vm`] before anything is written, [`Problem::Write`].
-    pub fn write_live_pages(
+    pub fn write_live_pages<M: GuestMemory + ?Sized>(
         &mut self,
-        memory: &dyn GuestMemory,
+        memory: &M,
         runs: &[PageRange],
     ) -> Result<(), StreamError> {
         let mut table = Vec::new();
@@ -35,14 +37,13 @@ impl<W: Write + AsFd> RecordWriter<W> {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| self.error(Problem::Vm(error)))?;
         let head = [&header[..], &table].concat();
-        volatile_io::write_all(self.inner.as_fd(), &head, &slices)
-            .map_err(|error| self.write_error(error))?;
+        self.inner.write_guest(&head, &slices).map_err(|error| self.write_error(error))?;
         self.written(&header, length);
         Ok(())
     }
 }
 
-impl<R: Read + AsFd> RecordReader<R> {
+impl<R: Read + ReadGuest> RecordReader<R> {
     /// Reads the payload of a PAGES record without checksum straight into guest memory and returns
     /// the runs; `R` must not buffer. With a checksum, use [`RecordReader::read_record`].
     ///
@@ -53,39 +54,70 @@ impl<R: Read + AsFd> RecordReader<R> {
         header: &RecordHeader,
         memory: &dyn DestinationMemory,
     ) -> Result<Vec<PageRange>, StreamError> {
-        let malformed = |what| Problem::Malformed { record_type: RecordType::Pages, what };
+        let runs = self.read_live_runs(header, memory.layout())?;
+        let mut slices = Vec::with_capacity(runs.len());
+        for run in &runs {
+            memory.populate_ahead(*run).map_err(|error| self.error(error))?;
+            slices.push(memory.slice(*run).map_err(|error| self.error(error))?);
+        }
+        self.read_live_data(&slices)?;
+        self.finish_live(header);
+        Ok(runs)
+    }
+
+    /// Fills guest memory from the data of the record whose runs were read last.
+    pub(crate) fn read_live_data(
+        &mut self,
+        slices: &[VolatileSlice<'_>],
+    ) -> Result<(), StreamError> {
+        self.inner.read_guest(slices).map_err(|error| self.error(read_problem(error)))
+    }
+}
+
+impl<R: Read> RecordReader<R> {
+    /// Reads and checks the table of a PAGES record without checksum. The data of its runs must be
+    /// read next, in order, and then [`RecordReader::finish_live`] be called.
+    pub(crate) fn read_live_runs(
+        &mut self,
+        header: &RecordHeader,
+        layout: &MemoryLayout,
+    ) -> Result<Vec<PageRange>, StreamError> {
+        let malformed = |what: &str| Problem::Malformed {
+            record_type: RecordType::Pages,
+            what: what.to_owned(),
+        };
         if header.record_type != RecordType::Pages as u16 || header.has_checksum() {
-            let what = "not pages of a running guest".to_owned();
-            return Err(self.error(malformed(what)));
+            return Err(self.error(malformed("not pages of a running guest")));
         }
         let mut head = [0; TABLE_HEAD_BYTES];
         if header.length < head.len() as u64 {
-            let what = "too short for its table of runs".to_owned();
-            return Err(self.error(malformed(what)));
+            return Err(self.error(malformed("too short for its table of runs")));
         }
         read_exact(&mut self.inner, &mut head).map_err(|problem| self.error(problem))?;
         let count =
             decode_count(RecordType::Pages, &head).map_err(|problem| self.error(problem))?;
         let mut table = vec![0; count * RUN_BYTES];
         if header.length < (head.len() + table.len()) as u64 {
-            let what = "too short for its table of runs".to_owned();
-            return Err(self.error(malformed(what)));
+            return Err(self.error(malformed("too short for its table of runs")));
         }
         read_exact(&mut self.inner, &mut table).map_err(|problem| self.error(problem))?;
-        let runs = decode_table(&table, memory.layout()).map_err(|problem| self.error(problem))?;
-        let pages: usize = runs.iter().map(|run| run.pages() as usize).sum();
-        if header.length != (head.len() + table.len() + pages * PAGE_BYTES) as u64 {
-            let what = format!("{} bytes for {pages} pages", header.length);
-            return Err(self.error(malformed(what)));
+        let runs = decode_table(&table, layout).map_err(|problem| self.error(problem))?;
+        let pages: u64 = runs.iter().map(|run| run.pages()).sum();
+        let data = header.length - (head.len() + table.len()) as u64;
+        if data % PAGE_SIZE != 0 || data / PAGE_SIZE != pages {
+            let what = format!("{data} bytes of data for {pages} pages");
+            return Err(self.error(malformed(&what)));
         }
-        let mut slices = Vec::with_capacity(runs.len());
-        for run in &runs {
-            memory.populate_ahead(*run).map_err(|error| self.error(error))?;
-            slices.push(memory.slice(*run).map_err(|error| self.error(error))?);
-        }
-        volatile_io::read_exact(self.inner.as_fd(), &slices)
-            .map_err(|error| self.error(read_problem(error)))?;
-        self.complete(header);
         Ok(runs)
+    }
+
+    /// Reads data of the record whose runs were read last into a buffer.
+    pub(crate) fn read_live_bytes(&mut self, buffer: &mut [u8]) -> Result<(), StreamError> {
+        read_exact(&mut self.inner, buffer).map_err(|problem| self.error(problem))
+    }
+
+    /// Accounts for a PAGES record whose data was read. Whole pages need no padding.
+    pub(crate) fn finish_live(&mut self, header: &RecordHeader) {
+        self.complete(header);
     }
 }

@@ -34,6 +34,7 @@ mod format;
 mod live;
 mod pages;
 mod reader;
+pub(crate) mod session;
 mod writer;
 
 pub(crate) use control::{decode_layout, decode_section, encode_layout, encode_section};

@@ -7,7 +7,8 @@ use crc32c::{crc32c, crc32c_append};
 use crate::stream::control::End;
 use crate::stream::error::{Problem, StreamError};
 use crate::stream::format::{
-    check_preamble, Digest, RecordHeader, RecordType, StreamKind, HEADER_BYTES, PREAMBLE_BYTES,
+    check_preamble, preamble_kind, Digest, RecordHeader, RecordType, StreamKind, HEADER_BYTES,
+    PREAMBLE_BYTES,
 };
 
 /// Memory for a payload is provided in steps of this as the payload arrives, so that a length
@@ -52,16 +53,41 @@ impl<R: Read> RecordReader<R> {
     /// # Errors
     /// [`StreamError`] of record 0.
     pub fn new(mut inner: R, kind: StreamKind) -> Result<Self, StreamError> {
-        let fail = |problem| StreamError { record: 0, offset: 0, problem };
-        let mut preamble = [0; PREAMBLE_BYTES];
-        read_exact(&mut inner, &mut preamble).map_err(fail)?;
-        check_preamble(&preamble, kind).map_err(fail)?;
+        let preamble = read_preamble(&mut inner)?;
+        Self::begin(inner, kind, &preamble)
+    }
+
+    /// As [`RecordReader::new`], for a stream that may be of any of these kinds.
+    ///
+    /// # Errors
+    /// [`StreamError`] of record 0.
+    pub(crate) fn of_kinds(mut inner: R, kinds: &[StreamKind]) -> Result<Self, StreamError> {
+        let preamble = read_preamble(&mut inner)?;
+        let found = preamble_kind(&preamble).filter(|kind| kinds.contains(kind));
+        Self::begin(inner, found.unwrap_or(kinds[0]), &preamble)
+    }
+
+    /// What the stream is for.
+    pub(crate) fn kind(&self) -> StreamKind {
+        self.kind
+    }
+
+    fn begin(
+        inner: R,
+        kind: StreamKind,
+        preamble: &[u8; PREAMBLE_BYTES],
+    ) -> Result<Self, StreamError> {
+        check_preamble(preamble, kind).map_err(|problem| StreamError {
+            record: 0,
+            offset: 0,
+            problem,
+        })?;
         Ok(Self {
             inner,
             kind,
             sequence: 0,
             bytes: PREAMBLE_BYTES as u64,
-            digest: Digest::new(&preamble),
+            digest: Digest::new(preamble),
             payload: Vec::new(),
         })
     }
@@ -92,7 +118,7 @@ impl<R: Read> RecordReader<R> {
                 continue;
             };
             let may_lack_checksum =
-                self.kind == StreamKind::Migration && record_type == RecordType::Pages;
+                self.kind == StreamKind::Pages && record_type == RecordType::Pages;
             if !header.has_checksum() && !may_lack_checksum {
                 return Err(self.error(Problem::ChecksumMissing(record_type)));
             }
@@ -197,6 +223,16 @@ impl<R: Read> RecordReader<R> {
     pub(crate) fn error(&self, problem: impl Into<Problem>) -> StreamError {
         StreamError { record: self.sequence, offset: self.bytes, problem: problem.into() }
     }
+}
+
+fn read_preamble(inner: &mut impl Read) -> Result<[u8; PREAMBLE_BYTES], StreamError> {
+    let mut preamble = [0; PREAMBLE_BYTES];
+    read_exact(inner, &mut preamble).map_err(|problem| StreamError {
+        record: 0,
+        offset: 0,
+        problem,
+    })?;
+    Ok(preamble)
 }
 
 pub(super) fn read_exact(inner: &mut impl Read, buffer: &mut [u8]) -> Result<(), Problem> {

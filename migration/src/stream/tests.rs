@@ -154,12 +154,12 @@ fn live_pages_go_from_memory_to_memory() {
         // The socket moves into the thread, so that a failure there ends the stream.
         let source = &source;
         scope.spawn(move || {
-            let mut writer = RecordWriter::new(near, StreamKind::Migration).unwrap();
+            let mut writer = RecordWriter::new(near, StreamKind::Pages).unwrap();
             writer.write_live_pages(source, &scattered()).unwrap();
             writer.write_live_pages(source, &[long]).unwrap();
             writer.write(RecordType::Config, &[b"after"]).unwrap();
         });
-        let mut reader = RecordReader::new(&far, StreamKind::Migration).unwrap();
+        let mut reader = RecordReader::new(&far, StreamKind::Pages).unwrap();
         let mut received = Vec::new();
         for _ in 0..2 {
             let (record_type, header) = reader.next_header().unwrap();
@@ -198,11 +198,11 @@ fn hostile_live_pages_are_refused() {
     ] {
         let payload = [payload, vec![1; pages * 4096]].concat();
         let (mut near, far) = UnixStream::pair().unwrap();
-        near.write_all(&encode_preamble(StreamKind::Migration)).unwrap();
+        near.write_all(&encode_preamble(StreamKind::Pages)).unwrap();
         near.write_all(&record(RecordType::Pages as u16, 0, &payload, 0)).unwrap();
         drop(near);
         let destination = vm();
-        let mut reader = RecordReader::new(&far, StreamKind::Migration).unwrap();
+        let mut reader = RecordReader::new(&far, StreamKind::Pages).unwrap();
         let (_, header) = reader.next_header().unwrap();
         reader.read_live_pages(&header, &destination).unwrap_err();
         assert!(destination.populated().unwrap().is_empty(), "nothing was touched");

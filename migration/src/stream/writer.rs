@@ -68,6 +68,14 @@ impl<W: Write> RecordWriter<W> {
         Ok(())
     }
 
+    /// Sends what `W` has buffered.
+    ///
+    /// # Errors
+    /// [`Problem::Write`].
+    pub(crate) fn flush(&mut self) -> Result<(), StreamError> {
+        self.inner.flush().map_err(|error| self.write_error(error))
+    }
+
     /// Writes END and returns the length of the whole stream, bytes. Whether they are on the disk
     /// or with the peer is for the caller to see to.
     ///

@@ -42,6 +42,15 @@ impl Linux {
         Self { child, command: text, input, lines, seen: VecDeque::new(), stderr }
     }
 
+    /// Guest memory that the host has in use, bytes: it is shared memory of the process (proc(5)).
+    #[must_use]
+    pub fn resident(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(&path).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    }
+
     /// Waits until the guest's `init` takes commands.
     #[track_caller]
     pub fn ready(mut self) -> Self {
@@ -66,6 +75,12 @@ impl Linux {
     #[track_caller]
     pub fn try_sh(&mut self, line: &str) -> (i32, String) {
         self.send(line);
+        self.answer(line)
+    }
+
+    /// The answer to the line that was typed last: exit status, and what was printed.
+    #[track_caller]
+    pub fn answer(&mut self, line: &str) -> (i32, String) {
         let mut output = String::new();
         loop {
             let answer = self.line(Instant::now() + PATIENCE, line);

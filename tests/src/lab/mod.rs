@@ -18,14 +18,18 @@ mod cpio;
 mod linux;
 mod machine;
 mod suite;
+mod world;
 
 use std::path::{Path, PathBuf};
 
 pub use linux::Linux;
 pub use machine::{Lab, LabRun};
-pub use suite::run_suite;
+pub use suite::{run_suite, LabSuite};
 
 use crate::suite::Need;
+
+/// Files of the Linux image.
+const IMAGE: [&str; 3] = ["vmlinuz", "vmlinux", "initramfs.cpio"];
 
 /// Where the Linux image is: `$MINIVMM_LINUX_IMAGE`, or where `make guest-images` puts it.
 #[must_use]
@@ -38,6 +42,12 @@ pub fn image_dir() -> PathBuf {
 fn target_dir() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     tests.parent().unwrap_or(tests).join("target")
+}
+
+/// Where the machine `name` leaves its logs.
+#[must_use]
+pub fn lab_dir(name: &str) -> PathBuf {
+    target_dir().join("lab").join(name)
 }
 
 /// A file of the Linux image: `vmlinuz`, `vmlinux` or `initramfs.cpio`.
@@ -59,8 +69,7 @@ pub fn virtualization() -> Need {
 
 /// The Linux image has been built.
 pub fn linux_image() -> Need {
-    let names = ["vmlinux", "vmlinuz", "initramfs.cpio"];
-    match names.map(image).iter().find(|path| !path.is_file()) {
+    match IMAGE.map(image).iter().find(|path| !path.is_file()) {
         Some(path) => Err(format!("no {}: run make guest-images", path.display())),
         None => Ok(()),
     }
@@ -68,9 +77,17 @@ pub fn linux_image() -> Need {
 
 /// What the lab itself needs, beside the image.
 pub fn available() -> Need {
-    if !cfg!(target_feature = "crt-static") {
-        return Err("the lab has no libraries, and this program is not static: make smoke".into());
-    }
-    let qemu = std::process::Command::new(machine::QEMU).arg("--version").output();
-    qemu.map(drop).map_err(|error| format!("no {}: {error}", machine::QEMU))
+    world::programs(&[machine::QEMU, "setpriv", "ldd"])
+}
+
+/// Where a program of this machine is.
+///
+/// # Errors
+/// There is none.
+pub fn program(name: &str) -> Result<PathBuf, String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Where those of administrators are, which users may not have in their path.
+    let more = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    let found = std::env::split_paths(&path).chain(more).map(|dir| dir.join(name));
+    found.into_iter().find(|path| path.is_file()).ok_or_else(|| format!("there is no {name}"))
 }

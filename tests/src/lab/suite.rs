@@ -1,6 +1,7 @@
 //! A test program whose tests run inside the lab, reported as if they ran here.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -9,11 +10,9 @@ use std::time::Duration;
 use libtest_mimic::{Arguments, Trial};
 use serde_json::Value;
 
-use super::{available, image, linux_image, target_dir, virtualization, Lab};
-use crate::binary;
+use super::world::{isolated, network_namespace, programs};
+use super::{available, lab_dir, linux_image, virtualization, Lab};
 
-/// Where the lab keeps what the test program needs.
-const INSIDE: &str = "/lab";
 /// How long all tests together may take.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 
@@ -22,17 +21,31 @@ pub type Tests = [(&'static str, fn())];
 
 type Outcome = Result<(), String>;
 
-/// Runs `tests` here where the processor can, else in the lab, all in one machine.
-pub fn run_suite(modules: &[&str], tests: &'static Tests) -> ExitCode {
+/// A test program of real Linux guests.
+#[derive(Debug, Clone, Copy)]
+pub struct LabSuite {
+    /// Programs of this machine that the tests use.
+    pub programs: &'static [&'static str],
+    /// The tests.
+    pub tests: &'static Tests,
+}
+
+/// Runs the tests here where the processor can, in a network namespace of its own; else in the lab,
+/// all in one machine.
+pub fn run_suite(suite: LabSuite) -> ExitCode {
     let arguments = Arguments::from_args();
     let direct = virtualization().is_ok();
-    let missing = linux_image().and_then(|()| if direct { Ok(()) } else { available() }).err();
-    let lab = Arc::new(InLab {
-        modules: modules.iter().map(|name| (*name).to_owned()).collect(),
-        filter: filter_of(&arguments),
-        tests,
-        outcomes: OnceLock::new(),
-    });
+    let missing = linux_image()
+        .and_then(|()| programs(suite.programs))
+        .and_then(|()| if direct { network_namespace() } else { available() })
+        .err();
+    if direct && missing.is_none() && !arguments.list {
+        if let Some(code) = isolated() {
+            return code;
+        }
+    }
+    let filter = filter_of(&arguments);
+    let lab = Arc::new(InLab { suite, filter, outcomes: OnceLock::new() });
     let trial = |(name, test): &'static (&str, fn())| {
         let lab = Arc::clone(&lab);
         let trial = Trial::test(*name, move || {
@@ -47,14 +60,13 @@ pub fn run_suite(modules: &[&str], tests: &'static Tests) -> ExitCode {
             None => trial,
         }
     };
-    libtest_mimic::run(&arguments, tests.iter().map(trial).collect()).exit_code()
+    libtest_mimic::run(&arguments, suite.tests.iter().map(trial).collect()).exit_code()
 }
 
 /// Tests that run in the lab, all when the first of them is asked for.
 struct InLab {
-    modules: Vec<String>,
+    suite: LabSuite,
     filter: Vec<String>,
-    tests: &'static Tests,
     outcomes: OnceLock<HashMap<String, Outcome>>,
 }
 
@@ -68,9 +80,11 @@ impl InLab {
 
     /// Runs this program again in the lab, with the arguments that choose tests.
     fn run(&self) -> HashMap<String, Outcome> {
-        let run = match self.lab().run(&logs_dir()) {
+        let run = match self.lab().and_then(|lab| lab.run(&logs_dir())) {
             Ok(run) => run,
-            Err(error) => return all(self.tests, &Err(format!("the lab cannot run: {error}"))),
+            Err(error) => {
+                return all(self.suite.tests, &Err(format!("the lab cannot run: {error}")))
+            }
         };
         let mut outcomes = HashMap::new();
         if !run.finished {
@@ -80,7 +94,7 @@ impl InLab {
                 run.logs.display(),
                 tail_of(&run.logs.join("console.log"))
             );
-            outcomes = all(self.tests, &Err(why));
+            outcomes = all(self.suite.tests, &Err(why));
         }
         outcomes.extend(run.results.iter().filter_map(|line| outcome(line, &run.logs)));
         for line in run.results.iter().filter(|line| line["type"] == "measured") {
@@ -94,22 +108,13 @@ impl InLab {
         outcomes
     }
 
-    fn lab(&self) -> Lab {
+    fn lab(&self) -> io::Result<Lab> {
         let quoted: Vec<String> =
             self.filter.iter().map(|a| format!("'{}'", a.replace('\'', r"'\''"))).collect();
-        let script = format!(
-            "export MINIVMM_BIN={INSIDE}/minivmm MINIVMM_LINUX_IMAGE={INSIDE}\n\
-             exec {INSIDE}/tests --format json --test-threads 1 {} >/dev/ttyS1",
-            quoted.join(" ")
-        );
-        let modules: Vec<&str> = self.modules.iter().map(String::as_str).collect();
-        let me = std::env::current_exe().unwrap();
-        let mut lab = Lab::new(script).limit(LIMIT).modules(&modules);
-        lab = lab.file(&format!("{INSIDE}/tests"), me).file(&format!("{INSIDE}/minivmm"), binary());
-        for name in ["vmlinuz", "vmlinux", "initramfs.cpio"] {
-            lab = lab.file(&format!("{INSIDE}/{name}"), image(name));
-        }
-        lab
+        let script =
+            format!("tests --format json --test-threads 1 {} >/dev/ttyS1", quoted.join(" "));
+        let lab = Lab::with_minivmm(&script)?.limit(LIMIT);
+        self.suite.programs.iter().try_fold(lab, |lab, name| lab.program(name))
     }
 }
 
@@ -147,7 +152,7 @@ fn logs_dir() -> PathBuf {
     let name = me.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     // Cargo appends a hash.
     let name = name.rsplit_once('-').map_or(name.as_str(), |(name, _)| name);
-    target_dir().join("lab").join(name)
+    lab_dir(name)
 }
 
 fn tail_of(path: &Path) -> String {

@@ -13,11 +13,12 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use super::{ErrorReply, SaveRequest, StatusReply};
-use crate::control::{SaveReport, VmInfo, VmStats, VmStatus};
+use crate::control::{MigrateRequest, MigrationInfo, SaveReport, VmInfo, VmStats, VmStatus};
 use crate::events::Event;
 
 /// Longest wait for an answer that takes no work.
@@ -136,6 +137,23 @@ impl Client {
         let body = serde_json::to_vec(body).map_err(protocol)?;
         let reply: StatusReply = self.ask(Method::PUT, &path, body.into(), Some(COMMAND))?;
         Ok(reply.status)
+    }
+
+    /// Migrates the VM; gives the report, or of a detached migration the id. Takes as long as it takes.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn migrate(&self, request: &MigrateRequest) -> Result<Value, ClientError> {
+        let body = serde_json::to_vec(request).map_err(protocol)?;
+        self.ask(Method::PUT, "/v1/vm/migrate", body.into(), None)
+    }
+
+    /// The migration that is under way, and the last one.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn migration(&self) -> Result<MigrationInfo, ClientError> {
+        self.ask(Method::GET, "/v1/vm/migration", Bytes::new(), Some(self.quick))
     }
 
     /// Saves the VM. Takes as long as it takes.

@@ -15,6 +15,7 @@ use axum::{Json, Router};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Frame;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::sync::{mpsc, watch, OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
@@ -23,7 +24,10 @@ use super::{
     MAX_BODY,
 };
 use crate::config::VmConfig;
-use crate::control::{Control, ControlError, SaveReport, VmInfo, VmStats};
+use crate::control::{
+    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, SaveReport, VmInfo,
+    VmStats,
+};
 use crate::events::{Event, EventLog};
 
 /// Every route: method and path.
@@ -41,6 +45,10 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("PUT", "/v1/vm/balloon"),
     ("PUT", "/v1/vm/link"),
     ("PUT", "/v1/vm/console-size"),
+    ("PUT", "/v1/vm/migrate"),
+    ("GET", "/v1/vm/migration"),
+    ("PUT", "/v1/vm/migrate-set"),
+    ("PUT", "/v1/vm/migrate-cancel"),
 ];
 
 /// What handlers share.
@@ -70,6 +78,10 @@ pub(super) fn router(shared: Shared) -> Router {
         .route("/v1/vm/balloon", put(balloon))
         .route("/v1/vm/link", put(link))
         .route("/v1/vm/console-size", put(console_size))
+        .route("/v1/vm/migrate", put(migrate))
+        .route("/v1/vm/migration", get(migration))
+        .route("/v1/vm/migrate-set", put(migrate_set))
+        .route("/v1/vm/migrate-cancel", put(migrate_cancel))
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
         .with_state(shared)
@@ -134,6 +146,27 @@ async fn link(State(shared): State<Shared>, request: Request) -> Reply<StatusRep
 async fn console_size(State(shared): State<Shared>, request: Request) -> Reply<StatusReply> {
     let ConsoleSizeRequest { columns, rows } = read_json(request, &shared.limits).await?;
     command(&shared, move |control| control.resize_console(columns, rows)).await
+}
+
+/// Goes on when the client is gone.
+async fn migrate(State(shared): State<Shared>, request: Request) -> Reply<Value> {
+    let request: MigrateRequest = read_json(request, &shared.limits).await?;
+    let permit = command_permit(&shared).await?;
+    let report = blocking(&shared, permit, move |control| control.migrate(&request)).await?;
+    Ok(Json(report?))
+}
+
+async fn migration(State(shared): State<Shared>) -> Reply<MigrationInfo> {
+    blocking(&shared, None, |control| control.migration()).await.map(Json)
+}
+
+async fn migrate_set(State(shared): State<Shared>, request: Request) -> Reply<StatusReply> {
+    let settings: MigrateSettings = read_json(request, &shared.limits).await?;
+    command(&shared, move |control| control.set_migration(&settings)).await
+}
+
+async fn migrate_cancel(State(shared): State<Shared>) -> Reply<StatusReply> {
+    command(&shared, |control| control.cancel_migration()).await
 }
 
 /// Goes on when the client is gone: half a saved file would be worse than an unwanted one.

@@ -4,15 +4,16 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::migrate_args::{MigrateArgs, MigrateSetArgs, MigrationArgs, ReceiveArgs, ResolveArgs};
 use crate::config::{
     parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_size, BalloonConfig,
-    ConfigError, ConsoleConfig, DiskConfig, LogConfig, NetOptions, OnReboot, Replacement,
-    RestoreSettings, RunOptions,
+    ConfigError, ConsoleConfig, DiskConfig, LogConfig, NetOptions, OnReboot, ProcessSettings,
+    Replacement, RestoreSettings, RunOptions,
 };
 use crate::runtime_dir::INCOMING;
 
 /// The name of a VM that exists, or `NAME@incoming`.
-fn parse_vm(text: &str) -> Result<String, ConfigError> {
+pub(super) fn parse_vm(text: &str) -> Result<String, ConfigError> {
     parse_name(text.strip_suffix(INCOMING).unwrap_or(text))?;
     Ok(text.to_owned())
 }
@@ -82,6 +83,18 @@ pub(super) enum Command {
     Link(LinkArgs),
     /// Show what happened to a VM
     Events(EventsArgs),
+    /// Wait for a VM that is migrated here, and run it
+    Receive(ReceiveArgs),
+    /// Move a running VM to another host
+    Migrate(MigrateArgs),
+    /// Show how far a migration is, and those that are over
+    Migration(MigrationArgs),
+    /// Change a migration that is under way
+    MigrateSet(MigrateSetArgs),
+    /// Give up a migration that is under way; the VM goes on where it is
+    Cancel(Named),
+    /// Decide who owns a VM when the other host of a migration is gone for good
+    Resolve(ResolveArgs),
 }
 
 /// What `run` and `restore` have in common.
@@ -103,6 +116,14 @@ pub(super) struct ProcessArgs {
     /// FILTER is off, error, warn, info, debug or trace, or a list such as warn,vmm::api=debug.
     #[arg(long, value_name = "FILTER")]
     log: Option<LogConfig>,
+}
+
+impl ProcessArgs {
+    /// Console and process of a command that has no other files.
+    pub(super) fn settings(self) -> Result<(Option<ConsoleConfig>, ProcessSettings), ConfigError> {
+        let Self { console, paused, pidfile, log } = self;
+        ProcessSettings::with_console(console, paused.unwrap_or(false), pidfile, log)
+    }
 }
 
 const RUN_HELP: &str = "\

@@ -4,8 +4,11 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use migration::journal::JournalError;
+
 use crate::api::ClientError;
 use crate::config::ConfigError;
+use crate::migrate::LogbookError;
 use crate::runtime_dir::RuntimeDirError;
 
 /// Exit codes of `minivmm`; also in its help.
@@ -26,6 +29,8 @@ pub enum Exit {
     Refused = 5,
     /// It did not happen in time.
     TimedOut = 6,
+    /// It is not known which host owns the VM.
+    Unresolved = 7,
 }
 
 impl From<Exit> for ExitCode {
@@ -92,6 +97,17 @@ impl From<RuntimeDirError> for CliError {
                 Exit::Refused
             }
             RuntimeDirError::Name(_) | RuntimeDirError::PathTooLong { .. } => Exit::Usage,
+            _ => Exit::Failed,
+        };
+        Self::new(exit, error)
+    }
+}
+
+impl From<LogbookError> for CliError {
+    fn from(error: LogbookError) -> Self {
+        let exit = match error {
+            LogbookError::Journal(JournalError::NotUnresolved { .. }) => Exit::Refused,
+            LogbookError::NoSuchMigration(_) | LogbookError::Ambiguous(_) => Exit::Usage,
             _ => Exit::Failed,
         };
         Self::new(exit, error)

@@ -1,11 +1,13 @@
 //! The command line: what is typed, what is printed, and the exit codes.
 //!
-//! `run` and `restore` become a [`Launch`], which the caller carries out; everything else is
+//! `run`, `restore` and `receive` become a [`Launch`], which the caller carries out; everything else is
 //! a client of the control API and is done here.
 
 mod args;
 mod attach;
 mod exit;
+mod migrate_args;
+mod migration;
 mod output;
 mod signals;
 mod vm_commands;
@@ -18,7 +20,7 @@ use std::sync::Mutex;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{HostLimits, LogConfig, RestoreSettings, RunSettings};
+use crate::config::{HostLimits, LogConfig, ReceiveSettings, RestoreSettings, RunSettings};
 
 pub use args::Cli;
 pub use exit::{CliError, Exit};
@@ -33,9 +35,11 @@ pub enum Launch {
     Run(RunSettings),
     /// `restore`
     Restore(RestoreSettings),
+    /// `receive`
+    Receive(ReceiveSettings),
 }
 
-/// Reads the command line and does what it says; `launch` carries out `run` and `restore`, with
+/// Reads the command line and does what it says; `launch` carries out `run`, `restore` and `receive`, with
 /// logging set up.
 pub fn main_with(launch: impl FnOnce(Launch) -> Result<Exit, CliError>) -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -63,13 +67,15 @@ fn execute(
             Launch::Run(args.options()?.finish(HostLimits::detect(), &default_name)?)
         }
         Command::Restore(args) => Launch::Restore(args.settings()?),
+        Command::Receive(args) => Launch::Receive(args.settings()?),
         command => {
             start_logging(&LogConfig::default())?;
             return vm_commands::run(command);
         }
     };
     let (Launch::Run(RunSettings { process, .. })
-    | Launch::Restore(RestoreSettings { process, .. })) = &launched;
+    | Launch::Restore(RestoreSettings { process, .. })
+    | Launch::Receive(ReceiveSettings { process, .. })) = &launched;
     start_logging(&process.log)?;
     launch(launched)
 }

@@ -12,7 +12,7 @@ use super::args::{
 };
 use super::output::{duration, fields, table, timestamp};
 use super::wait::VmProcess;
-use super::{attach, CliError, Exit};
+use super::{attach, migration, CliError, Exit};
 use crate::api::{BalloonRequest, Client, ClientError, LinkRequest, SaveRequest};
 use crate::config::{format_size, ConfigError, DiskConfig, NetConfig};
 use crate::control::{SaveReport, VmInfo, VmStats, VmStatus};
@@ -26,7 +26,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest wait for the process of a killed VM to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
-type Done = Result<Exit, CliError>;
+pub(super) type Done = Result<Exit, CliError>;
 
 pub(super) fn run(command: Command) -> Done {
     match command {
@@ -59,19 +59,24 @@ pub(super) fn run(command: Command) -> Done {
             let info = client.info()?;
             attach::console(client, &info)
         }
-        Command::Run(_) | Command::Restore(_) => {
-            Err(CliError::text(Exit::Failed, "run and restore are no commands to a running VM"))
+        Command::Migrate(args) => migration::migrate(&args),
+        Command::Migration(args) => migration::migration(&args),
+        Command::MigrateSet(args) => migration::set(&args),
+        Command::Cancel(Named { name, output }) => migration::cancel(&name, &output),
+        Command::Resolve(args) => migration::resolve(&args),
+        Command::Run(_) | Command::Restore(_) | Command::Receive(_) => {
+            Err(CliError::text(Exit::Failed, "this is no command to a running VM"))
         }
     }
 }
 
-fn client(name: &str) -> Result<Client, CliError> {
+pub(super) fn client(name: &str) -> Result<Client, CliError> {
     let found = RuntimeDir::open()?.find(name)?;
     Ok(Client::new(&found.socket)?)
 }
 
 /// Prints JSON on one line: a script may get several.
-fn print_json(out: &mut StdoutLock<'_>, value: &impl Serialize) -> Result<(), CliError> {
+pub(super) fn print_json(out: &mut StdoutLock<'_>, value: &impl Serialize) -> Result<(), CliError> {
     serde_json::to_writer(&mut *out, value).map_err(io::Error::from)?;
     writeln!(out)?;
     Ok(out.flush()?)
@@ -93,13 +98,15 @@ fn status_text(status: VmStatus) -> &'static str {
         VmStatus::Creating => "creating",
         VmStatus::Running => "running",
         VmStatus::Paused => "paused",
+        VmStatus::Incoming => "incoming",
+        VmStatus::Unresolved => "unresolved",
         VmStatus::Stopped => "stopped",
         VmStatus::Crashed => "crashed",
     }
 }
 
 /// Tells what became of a VM.
-fn print_status(name: &str, status: VmStatus, output: &Output) -> Result<(), CliError> {
+pub(super) fn print_status(name: &str, status: VmStatus, output: &Output) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     if output.json {
         return print_json(&mut out, &json!({ "name": name, "status": status }));

@@ -19,7 +19,9 @@ pub use devices::{
     Replacement, MAX_DEVICES,
 };
 pub use error::ConfigError;
-pub use options::{HostLimits, ProcessSettings, RestoreSettings, RunOptions, RunSettings};
+pub use options::{
+    HostLimits, ProcessSettings, ReceiveSettings, RestoreSettings, RunOptions, RunSettings,
+};
 pub use size::{format_size, parse_size};
 pub use value::{
     parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_path, LogConfig,

@@ -88,6 +88,25 @@ pub struct RestoreSettings {
     pub process: ProcessSettings,
 }
 
+/// All that `receive` needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceiveSettings {
+    /// Where to listen: `ADDRESS:PORT`.
+    pub listen: String,
+    /// Another name for the VM.
+    pub name: Option<String>,
+    /// Other files for disks.
+    pub disks: Vec<Replacement>,
+    /// Other taps for network cards.
+    pub nets: Vec<Replacement>,
+    /// Another console.
+    pub console: Option<ConsoleConfig>,
+    /// Whether the first migration that fails ends the process.
+    pub once: bool,
+    /// The process.
+    pub process: ProcessSettings,
+}
+
 /// What the host can give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostLimits {
@@ -215,9 +234,7 @@ impl RestoreSettings {
         log: Option<LogConfig>,
     ) -> Result<Self, ConfigError> {
         let file = absolute(file)?;
-        let console = console.map(absolute_console).transpose()?;
-        let process = ProcessSettings { paused, ..Default::default() }.with_files(pidfile, log)?;
-        process.check_files(console.as_ref().unwrap_or(&ConsoleConfig::Stdio))?;
+        let (console, process) = ProcessSettings::with_console(console, paused, pidfile, log)?;
         for (path, second) in process.files() {
             if *path == file {
                 return Err(ConfigError::SameFile { first: "the saved VM", second, path: file });
@@ -232,6 +249,22 @@ impl RestoreSettings {
 }
 
 impl ProcessSettings {
+    /// Of a process with a console, whose paths are made absolute and checked against each other.
+    ///
+    /// # Errors
+    /// Two outputs that would go to one file.
+    pub fn with_console(
+        console: Option<ConsoleConfig>,
+        paused: bool,
+        pidfile: Option<PathBuf>,
+        log: Option<LogConfig>,
+    ) -> Result<(Option<ConsoleConfig>, Self), ConfigError> {
+        let console = console.map(absolute_console).transpose()?;
+        let process = Self { paused, ..Self::default() }.with_files(pidfile, log)?;
+        process.check_files(console.as_ref().unwrap_or(&ConsoleConfig::Stdio))?;
+        Ok((console, process))
+    }
+
     fn with_files(
         mut self,
         pidfile: Option<PathBuf>,

@@ -1,6 +1,6 @@
 //! Putting a machine together.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
@@ -120,6 +120,9 @@ impl MachineBuilder<'_> {
             input_wanted: OnceLock::new(),
             status: AtomicU8::new(0),
             ending: AtomicBool::new(false),
+            tsc_khz: AtomicU32::new(tsc_khz),
+            held: AtomicBool::new(false),
+            operator_paused: AtomicBool::new(false),
             events: self.events,
             pauses: AtomicU64::new(0),
             reboots: AtomicU64::new(0),
@@ -158,7 +161,8 @@ fn request_sink(sender: RequestSender) -> (RequestSink, ContextCell) {
             context.gate.set(Target::Park);
             // Of several vCPUs that ask at once the first is heard; an operator always is.
             let second = context.requested.swap(true, Ordering::SeqCst);
-            if second && request != GuestRequest::Kill {
+            let of_guest = !matches!(request, GuestRequest::Kill | GuestRequest::HandedOver);
+            if second && of_guest {
                 return;
             }
         }

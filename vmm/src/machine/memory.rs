@@ -11,7 +11,7 @@ use migration::{
 };
 use vm_memory::VolatileSlice;
 
-use super::{lock, Machine};
+use super::Machine;
 use crate::kvm::{clear_dirty_log, set_dirty_logging};
 use crate::memory::{GuestRam, RamRegion, HUGE_PAGE_SIZE, PAGE_SIZE};
 
@@ -21,6 +21,21 @@ pub(super) fn layout_of(ram: &GuestRam) -> Arc<MemoryLayout> {
         .iter()
         .map(|r| PageRange::from_bytes(Gpa(r.gpa), r.len).expect("regions are page-aligned"));
     Arc::new(MemoryLayout::new(ranges).expect("regions are ascending"))
+}
+
+/// The layout of a machine with `size` bytes of memory.
+///
+/// # Panics
+/// Never for a size that a configuration may have: whole pages.
+#[must_use]
+pub fn layout_for(size: u64) -> MemoryLayout {
+    let (low, high) = crate::layout::split_ram(size);
+    let ranges = [(0, low), (crate::layout::HOLE_END, high)];
+    let ranges = ranges.into_iter().filter(|(_, len)| *len > 0);
+    MemoryLayout::new(ranges.map(|(gpa, len)| {
+        PageRange::from_bytes(Gpa(gpa), len).expect("memory is whole pages below 2^52")
+    }))
+    .expect("regions are ascending")
 }
 
 fn other(error: impl ToString) -> VmError {
@@ -111,6 +126,20 @@ impl DirtySource for Machine {
         Ok(())
     }
 
+    fn clear_pages(&self, range: PageRange, pages: &[u64]) -> Result<(), VmError> {
+        let (slot, region, first) = self.slot_of(range)?;
+        let whole_words =
+            range.pages() % 64 == 0 || first + range.pages() == region.len / PAGE_SIZE;
+        if first % 64 == 0 && whole_words {
+            let count = u32::try_from(range.pages()).map_err(other)?;
+            return clear_dirty_log(&self.vm.fd, slot, first, count, pages).map_err(other);
+        }
+        for at in (0..range.pages()).filter(|at| pages[(at / 64) as usize] >> (at % 64) & 1 == 1) {
+            self.clear(PageRange::new(Gfn(range.start().0 + at), 1)?)?;
+        }
+        Ok(())
+    }
+
     fn clear(&self, range: PageRange) -> Result<(), VmError> {
         let (slot, region, first) = self.slot_of(range)?;
         let last = first + range.pages();
@@ -129,15 +158,18 @@ impl DirtySource for Machine {
 
 impl VmControl for Machine {
     fn pause(&self, _reason: PauseReason, deadline: Instant) -> Result<(), VmError> {
-        let _life = lock(&self.life);
-        self.pause_held(deadline).map_err(|e| match e {
+        self.hold(deadline).map_err(|e| match e {
             super::MachineError::NotStopped => VmError::Deadline("stopping the vCPUs".to_owned()),
             e => other(e),
         })
     }
 
     fn resume(&self) -> Result<(), VmError> {
-        Machine::resume(self).map_err(other)
+        self.release().map_err(other)
+    }
+
+    fn paused_by_operator(&self) -> bool {
+        self.operator_paused()
     }
 }
 

@@ -4,12 +4,13 @@
 //! they take; `info` and `stats` take none of the locks that those hold.
 
 mod build;
+mod hold;
 mod lines;
 mod memory;
 mod sections;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,8 @@ use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
 use crate::snapshot::SaveError;
 use crate::vcpu::{GuestRequest, Vcpu, VcpuContext};
 use crate::virtio::{VirtioError, VirtioSet};
+
+pub use memory::layout_for as memory_layout;
 
 pub use build::{MachineBuilder, RequestSender};
 pub use sections::{differences, StateError};
@@ -94,6 +97,9 @@ pub enum MachineError {
     /// The guest is about to reset or to end.
     #[error("the guest is resetting or ending: try again")]
     Busy,
+    /// The engine holds the guest.
+    #[error("the VM is being handed over: try again")]
+    Held,
     /// The VM has ended.
     #[error("the VM has ended ({0:?})")]
     Ended(VmStatus),
@@ -138,6 +144,12 @@ pub struct Machine {
     status: AtomicU8,
     /// An operator wants the VM gone: long work stops early.
     ending: AtomicBool,
+    /// See [`Machine::guest_tsc_khz`]: known without a vCPU's lock, which is held while it runs.
+    tsc_khz: AtomicU32,
+    /// The migration engine holds the guest: it is paused, and may be somebody else's soon.
+    held: AtomicBool,
+    /// Whether an operator wants a held guest paused.
+    operator_paused: AtomicBool,
     events: EventLog,
     pauses: AtomicU64,
     reboots: AtomicU64,
@@ -165,10 +177,10 @@ impl Machine {
         &self.identity
     }
 
-    /// Frequency of the guest's TSC, kHz; 0 where KVM does not tell. The machine stands.
+    /// Frequency of the guest's TSC, kHz; 0 where KVM does not tell.
     #[must_use]
     pub fn guest_tsc_khz(&self) -> u32 {
-        self.vcpus.first().map_or(0, |v| v.kvm().fd.get_tsc_khz().unwrap_or(0))
+        self.tsc_khz.load(Ordering::Relaxed)
     }
 
     /// Kernel and initrd.
@@ -272,6 +284,9 @@ impl Machine {
     /// Stops the guest. Pausing a paused VM is no error.
     pub fn pause(&self) -> Result<(), MachineError> {
         let _life = lock(&self.life);
+        if self.wish(true) {
+            return Ok(());
+        }
         self.pause_held(Instant::now() + STOP_LIMIT)
     }
 
@@ -292,6 +307,9 @@ impl Machine {
     /// Lets the guest go on. Resuming a running VM is no error.
     pub fn resume(&self) -> Result<(), MachineError> {
         let _life = lock(&self.life);
+        if self.wish(false) {
+            return Ok(());
+        }
         self.resume_held()
     }
 
@@ -317,6 +335,7 @@ impl Machine {
     pub fn reset(&self) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         let running = self.status() == VmStatus::Running;
         self.park(Instant::now() + STOP_LIMIT)?;
         self.context.requested.store(false, Ordering::SeqCst);
@@ -346,6 +365,7 @@ impl Machine {
     ) -> Result<(migration::snapshot::SaveSummary, Duration), MachineError> {
         let mut life = Some(lock(&self.life));
         self.check_alive()?;
+        self.check_not_held()?;
         if let Some(why) = self.virtio.migration_blocker() {
             return Err(MachineError::Blocked(why));
         }
@@ -390,6 +410,7 @@ impl Machine {
     pub fn press_power_button(&self) -> Result<bool, MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         let heard = lock(&self.devices.power).press_power_button();
         self.events.push("power-button", json!({ "guest_listens": heard }));
         Ok(heard)
@@ -405,6 +426,7 @@ impl Machine {
     pub fn set_balloon(&self, bytes: u64) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         let most = self.ram.size();
         if bytes > most || bytes % PAGE_SIZE != 0 {
             let message = format!(
@@ -425,6 +447,7 @@ impl Machine {
     pub fn set_link(&self, id: &str, up: bool) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         if !self.virtio.set_link(id, up) {
             let known: Vec<_> = self.config.nets.iter().map(|net| net.id.as_str()).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
@@ -439,6 +462,7 @@ impl Machine {
     pub fn resize_console(&self, columns: u16, rows: u16) -> Result<(), MachineError> {
         let _life = lock(&self.life);
         self.check_alive()?;
+        self.check_not_held()?;
         if !self.virtio.resize_console(columns, rows) {
             let message = "the VM has no virtio console: run it with --virtio-console".to_owned();
             return Err(MachineError::NoDevice(message));
@@ -475,6 +499,11 @@ impl Machine {
     #[must_use]
     pub fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)
+    }
+
+    /// Asks something of the thread that owns the machine.
+    pub fn request(&self, request: GuestRequest) {
+        (self.context.requests)(request);
     }
 
     /// Asks the thread that owns the machine to end it at once; a save that is under way is

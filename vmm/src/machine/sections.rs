@@ -1,6 +1,7 @@
 //! The machine's state as sections: taken, loaded, compared.
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use devices::{Payload, Persist};
@@ -194,6 +195,9 @@ impl Machine {
             let ticks = (u128::from(tsc.khz) * away.as_nanos() / 1_000_000) as u64;
             let stood_at = clock.host_tsc.wrapping_add(ticks);
             vcpu.kvm().restore_tsc(&tsc, stood_at, now).map_err(part::<VcpuKvm>(instance))?;
+            if tsc.khz != 0 {
+                self.tsc_khz.store(tsc.khz, Ordering::Relaxed);
+            }
         }
         Ok(())
     }

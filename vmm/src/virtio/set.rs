@@ -25,7 +25,7 @@ use super::slot::{Counters, Slot, Socket};
 use super::worker::Backend;
 use super::{disk, tap, VirtioError};
 use crate::acpi::VirtioMmioDevice;
-use crate::config::VmConfig;
+use crate::config::{CacheMode, VmConfig};
 use crate::console::ConsoleWriter;
 use crate::control::DeviceStats;
 use crate::layout;
@@ -64,7 +64,7 @@ pub struct VirtioParts<'a> {
 #[derive(Default)]
 pub struct VirtioSet {
     slots: Vec<Slot>,
-    disks: Vec<(DiskHandle, Arc<File>)>,
+    disks: Vec<(DiskHandle, Option<Arc<File>>)>,
     nets: Vec<(String, Handle<Card, Memory>)>,
     balloon: Option<Handle<Balloon<RamDiscard>, Memory>>,
     console: Option<Handle<Console<ConsoleWriter>, Memory>>,
@@ -101,7 +101,8 @@ impl VirtioSet {
         };
         for (index, disk) in config.disks.iter().enumerate() {
             let file = disk::open(disk, &config.disks[..index], parts.disks)?;
-            let host_file = file.file();
+            let cached = disk.cache == CacheMode::Writeback && !disk.readonly;
+            let host_file = cached.then(|| file.file());
             let block = Block::new(file, &disk.id, disk.cache.into());
             let counters = counters!(
                 block.metrics(),
@@ -368,10 +369,11 @@ impl VirtioSet {
         left
     }
 
-    /// Files of the disks, to be flushed beside the devices.
+    /// Files of disks with a cache of the host's that the guest relies on, to be flushed beside the
+    /// devices.
     #[must_use]
-    pub fn disk_files(&self) -> Vec<Arc<File>> {
-        self.disks.iter().map(|(_, file)| Arc::clone(file)).collect()
+    pub fn files_to_flush(&self) -> Vec<Arc<File>> {
+        self.disks.iter().filter_map(|(_, file)| file.clone()).collect()
     }
 
     /// Makes this process the owner of all disks, after a hand-over.

@@ -1,5 +1,6 @@
 //! The kernel command line.
 
+use crate::devices::DeviceOptions;
 use crate::pages::PAGE_SIZE;
 
 /// Most vCPUs that beacon uses.
@@ -104,6 +105,8 @@ pub struct Config {
     pub pace_us: u64,
     /// `fpu=sse|avx|avx512`: limit of the register check.
     pub registers: Registers,
+    /// The options of the devices.
+    pub devices: DeviceOptions,
     /// Options whose key is known and whose value is not.
     pub bad: BadOptions,
 }
@@ -152,14 +155,14 @@ impl Default for Config {
             then_poweroff: false,
             pace_us: 100,
             registers: Registers::Avx512,
+            devices: DeviceOptions::default(),
             bad: BadOptions::NONE,
         }
     }
 }
 
 impl Config {
-    /// Parses a command line. Unknown keys are ignored, since loaders add their own
-    /// (`console=`, `virtio_mmio.device=`); bad values of known keys are kept in `bad`.
+    /// Parses a command line. Unknown keys are ignored, since loaders add their own (`console=`); bad values of known keys are kept in `bad`.
     #[must_use]
     pub fn parse(command_line: &[u8]) -> Self {
         let mut config = Self::default();
@@ -232,7 +235,7 @@ impl Config {
                     _ => return None,
                 }
             }
-            _ => (),
+            _ => self.devices.set(key, value)?,
         }
         Some(())
     }
@@ -260,7 +263,7 @@ pub fn parse_number(text: &[u8]) -> Option<u64> {
     }
 }
 
-fn in_range(text: &[u8], least: u64, most: u64) -> Option<u64> {
+pub(crate) fn in_range(text: &[u8], least: u64, most: u64) -> Option<u64> {
     parse_number(text).filter(|number| (least..=most).contains(number))
 }
 
@@ -276,6 +279,7 @@ macro_rules! names {
         }
     };
 }
+pub(crate) use names;
 names!(Pattern { Sequential = "sequential", Random = "random", Hotspot = "hotspot", Stride = "stride" });
 names!(Order { Scattered = "scattered", Linear = "linear" });
 names!(Mode { Beat = "beat", Exits = "exits" });

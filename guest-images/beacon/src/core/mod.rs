@@ -9,10 +9,16 @@
 pub mod acpi;
 pub mod boot;
 pub mod config;
+pub mod devices;
+pub mod disk;
 pub mod json;
+pub mod latency;
 pub mod memory;
+pub mod pacer;
 pub mod pages;
 pub mod permutation;
+pub mod queue;
+pub mod replies;
 pub mod stats;
 pub mod time;
 pub mod walk;

@@ -54,6 +54,13 @@ pub fn send(line: &mut Line) {
     HEAD.store(head.wrapping_add(bytes.len()), Relaxed);
 }
 
+/// Queues a line that nobody asked for, if that leaves room for those that somebody did.
+pub fn offer(line: &mut Line) {
+    if has_room() {
+        send(line);
+    }
+}
+
 /// Lines that were dropped since boot.
 pub fn dropped() -> u64 {
     DROPPED.load(Relaxed)

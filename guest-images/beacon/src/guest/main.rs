@@ -8,19 +8,27 @@
 #![allow(unsafe_code)]
 
 mod apic;
+mod attack;
+mod balloon;
+mod block;
 mod clock;
 mod console;
 mod cpu;
+mod devices;
 mod exception;
 mod exits;
 mod fpu;
+mod ioapic;
 mod mem;
+mod net;
 mod operator;
 mod phys;
 mod power;
 mod report;
 mod ring0;
+mod rng;
 mod smp;
+mod virtio;
 mod worker;
 mod world;
 
@@ -30,8 +38,10 @@ use beacon_core::acpi::Acpi;
 use beacon_core::boot::{BootInfo, Protocol};
 use beacon_core::config::{Config, Mode, WorkingSet, MAX_CPUS};
 use beacon_core::memory::Placement;
+use beacon_core::mix;
 use beacon_core::pages::PAGE_SIZE;
 
+use crate::devices::Devices;
 use crate::exception::fatal;
 use crate::operator::Operator;
 use crate::phys::Memory;
@@ -53,10 +63,11 @@ extern "C" fn beacon_main(protocol: u32, info: u64, tsc_entry: u64) -> ! {
     let acpi = Acpi::read(&Memory, info.rsdp);
     apic::mask_pics();
     apic::init();
-    let (world, ids, areas) = build_world(&info, &acpi, tsc_entry);
+    let (world, devices, ids, areas) = build_world(&info, &acpi, tsc_entry);
     apic::start_timer(world.scale);
 
     report::boot(world, &info, protocol);
+    devices.announce();
     if let Err(id) = smp::start(world, ids.others(), areas) {
         let mut line = beacon_core::json::Line::event("error");
         line.text("text", "a processor does not start");
@@ -66,7 +77,7 @@ extern "C" fn beacon_main(protocol: u32, info: u64, tsc_entry: u64) -> ! {
     }
     // The others populate their pages meanwhile.
     console::flush();
-    run(world, acpi)
+    run(world, devices, acpi)
 }
 
 /// APIC ids, this processor's first.
@@ -96,20 +107,29 @@ impl Ids {
     }
 }
 
-/// Lays out RAM and fills in what the vCPUs share. Also gives the processors and the memory
-/// of the others' areas.
-fn build_world(info: &BootInfo, acpi: &Acpi, tsc_entry: u64) -> (&'static World, Ids, u64) {
-    const TOO_LITTLE: &str = "too little RAM: beacon needs about 4 MiB and 64 KiB per vCPU";
+/// Lays out RAM and fills in what the vCPUs share. Also gives the devices, the processors, and the
+/// memory of the others' areas.
+fn build_world(
+    info: &BootInfo,
+    acpi: &Acpi,
+    tsc_entry: u64,
+) -> (&'static World, &'static mut Devices, Ids, u64) {
+    const TOO_LITTLE: &str = "too little RAM: beacon needs about 4 MiB and 128 KiB per vCPU";
     let config = Config::parse(info.command_line());
     let ids = Ids::new(acpi, apic::id(), config.cpus);
     let Some(mut ram) = phys::free_ram(info) else { fatal(TOO_LITTLE) };
     let Some(areas) = smp::reserve_areas(&mut ram, ids.count as u32 - 1) else { fatal(TOO_LITTLE) };
     // SAFETY: all of `Shared` is atomics and padding, for which zero is valid.
     let shared = unsafe { phys::allocate::<Shared>(&mut ram, ids.count) };
+    let Some(shared) = shared else { fatal(TOO_LITTLE) };
+    let shared: &'static [Shared] = shared;
+    let kvmclock = shared[0].clock.register();
+    let scale = clock::tsc_scale(shared[0].clock.read());
+    let devices = Devices::new(&config.devices, scale, &mut ram, mix(tsc_entry) as u32);
+    let Some(devices) = phys::keep(&mut ram, devices) else { fatal(TOO_LITTLE) };
     // SAFETY: it is written before it is read, below.
     let world = unsafe { phys::allocate::<core::mem::MaybeUninit<World>>(&mut ram, 1) };
-    let (Some(shared), Some([world])) = (shared, world) else { fatal(TOO_LITTLE) };
-    let shared: &'static [Shared] = shared;
+    let Some([world]) = world else { fatal(TOO_LITTLE) };
 
     let wanted = match config.working_set {
         WorkingSet::Mib(mib) => (mib << 20) / PAGE_SIZE,
@@ -123,10 +143,9 @@ fn build_world(info: &BootInfo, acpi: &Acpi, tsc_entry: u64) -> (&'static World,
         fatal(TOO_LITTLE)
     };
 
-    let kvmclock = shared[0].clock.register();
     let world = world.write(World {
         config,
-        scale: clock::tsc_scale(shared[0].clock.read()),
+        scale,
         tsc_entry,
         registers: fpu::available(config.registers),
         kvmclock,
@@ -136,12 +155,12 @@ fn build_world(info: &BootInfo, acpi: &Acpi, tsc_entry: u64) -> (&'static World,
         latest_tsc: 0.into(),
         control: Control::new(config.dirty),
     });
-    (world, ids, areas)
+    (world, devices, ids, areas)
 }
 
 /// vCPU 0's work loop.
-fn run(world: &'static World, acpi: Acpi) -> ! {
-    let mut operator = Operator::new(world, acpi, cpu::tsc());
+fn run(world: &'static World, devices: &'static mut Devices, acpi: Acpi) -> ! {
+    let mut operator = Operator::new(world, devices, acpi, cpu::tsc());
     if world.config.mode == Mode::Exits {
         operator.measure_exits();
     }
@@ -149,7 +168,8 @@ fn run(world: &'static World, acpi: Acpi) -> ! {
     let mut worker = Worker::new(world, 0);
     loop {
         let now = worker.work();
-        operator.turn(&mut worker, now);
-        worker.rest(now);
+        if !operator.turn(&mut worker, now) {
+            worker.rest(now);
+        }
     }
 }

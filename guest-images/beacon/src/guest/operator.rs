@@ -7,6 +7,7 @@ use beacon_core::config::{parse_number, parse_rate, MAX_SAMPLES};
 use beacon_core::pages::{Words, PAGE_SIZE};
 
 use crate::cpu::tsc;
+use crate::devices::Devices;
 use crate::phys::Memory;
 use crate::worker::Worker;
 use crate::world::World;
@@ -22,6 +23,7 @@ const COMMAND: usize = 128;
 /// vCPU 0's side work.
 pub struct Operator {
     world: &'static World,
+    devices: &'static mut Devices,
     acpi: Acpi,
     poll: u64,
     collect: u64,
@@ -54,11 +56,12 @@ enum Stage {
 
 impl Operator {
     /// Side work that begins at `now`.
-    pub fn new(world: &'static World, acpi: Acpi, now: u64) -> Self {
+    pub fn new(world: &'static World, devices: &'static mut Devices, acpi: Acpi, now: u64) -> Self {
         let of = |microseconds| world.scale.ticks_of_micros(microseconds);
         power::arm_button(&acpi);
         Self {
             world,
+            devices,
             acpi,
             poll: of(POLL_US) / 2,
             collect: of(COLLECT_US),
@@ -79,8 +82,9 @@ impl Operator {
         }
     }
 
-    /// One turn's share: at most one exit.
-    pub fn turn(&mut self, worker: &mut Worker, now: u64) {
+    /// One turn's share: at most one exit besides those that the devices need. True if the vCPU has
+    /// more to do than to wait.
+    pub fn turn(&mut self, worker: &mut Worker, now: u64) -> bool {
         exception::speak_if_dying();
         if now >= self.next_collect {
             self.next_collect = now + self.collect;
@@ -92,6 +96,7 @@ impl Operator {
             self.next_byte = now + self.pace;
             console::pump();
         }
+        self.devices.turn(now)
     }
 
     /// Looks at what the vCPUs left, and at the time.
@@ -116,6 +121,7 @@ impl Operator {
             Stage::Announcing if console::waiting() == 0 => {
                 self.stage = Stage::Running;
                 self.mark(now);
+                self.devices.begin();
                 self.next_report = now + self.report_every;
                 let runtime = self.world.config.runtime_ms;
                 self.end = runtime.map(|ms| now + world.scale.ticks_of_micros(ms * 1000));
@@ -140,12 +146,13 @@ impl Operator {
 
     fn report(&mut self, now: u64) {
         self.seq += 1;
-        report::report(self.world, self.seq, now, self.window_start);
+        report::report(self.world, self.devices, self.seq, now, self.window_start);
     }
 
     fn mark(&mut self, now: u64) {
         self.window_start = now;
         self.world.control.mark.fetch_add(1, Relaxed);
+        self.devices.mark();
     }
 
     fn poll(&mut self, worker: &mut Worker, now: u64) {
@@ -199,6 +206,15 @@ impl Operator {
                 }
                 None => report::error("dirty needs pages per second or max", command),
             },
+            b"disk" => self.devices.disk_command(argument),
+            b"spoil" => match parse_number(argument) {
+                Some(block) if self.devices.spoil(block) => report::plain("spoil", now),
+                _ => report::error("spoil needs a block that the disk load has written", command),
+            },
+            b"deafen" => {
+                self.devices.deafen();
+                report::plain("deafen", now);
+            }
             b"echo" => report::echo(argument),
             b"poke" => self.poke(argument, command),
             b"flip" => {

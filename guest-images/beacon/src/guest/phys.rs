@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use beacon_core::boot::{BootInfo, Bytes};
 use beacon_core::memory::FreeRam;
 use beacon_core::pages::Words;
+use beacon_core::queue::Ram;
 
 use crate::ring0;
 
@@ -37,6 +38,39 @@ impl Words for Memory {
     }
 }
 
+impl Ram for Memory {
+    fn get16(&self, address: u64) -> u16 {
+        // SAFETY: the queue passes aligned addresses in the memory that it was given.
+        unsafe { (address as *const u16).read_volatile() }
+    }
+
+    fn put16(&self, address: u64, value: u16) {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *mut u16).write_volatile(value) }
+    }
+
+    fn get32(&self, address: u64) -> u32 {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *const u32).read_volatile() }
+    }
+
+    fn put32(&self, address: u64, value: u32) {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *mut u32).write_volatile(value) }
+    }
+
+    fn put64(&self, address: u64, value: u64) {
+        // SAFETY: as for `get16`.
+        unsafe { (address as *mut u64).write_volatile(value) }
+    }
+}
+
+/// Reads an 8-bit device register.
+pub fn read8(address: u64) -> u8 {
+    // SAFETY: as for `read32`.
+    unsafe { (address as *const u8).read_volatile() }
+}
+
 /// Reads a 32-bit device register.
 pub fn read32(address: u64) -> u32 {
     // SAFETY: the first 4 GiB are mapped; the callers pass addresses of devices.
@@ -53,6 +87,14 @@ pub fn write32(address: u64, value: u32) {
 pub fn write8(address: u64, value: u8) {
     // SAFETY: as for `read32`.
     unsafe { (address as *mut u8).write_volatile(value) }
+}
+
+/// Writes 16 bits to a device at any address, aligned or not.
+pub fn write16_anywhere(address: u64, value: u16) {
+    // SAFETY: as for `read32`; one store instruction, since the compiler must not split it.
+    unsafe {
+        core::arch::asm!("mov word ptr [{}], {:x}", in(reg) address, in(reg) value, options(nostack));
+    }
 }
 
 /// Copies code to low memory, which is not used for anything else after boot.
@@ -74,6 +116,19 @@ pub unsafe fn allocate<T>(ram: &mut FreeRam, count: usize) -> Option<&'static mu
         core::ptr::write_bytes(address as *mut u8, 0, bytes);
         Some(core::slice::from_raw_parts_mut(address as *mut T, count))
     }
+}
+
+/// Memory for one value, for the rest of the guest's life.
+pub fn keep<T>(ram: &mut FreeRam, value: T) -> Option<&'static mut T> {
+    // SAFETY: it is written before it is read.
+    let [place] = (unsafe { allocate::<core::mem::MaybeUninit<T>>(ram, 1)? }) else { return None };
+    Some(place.write(value))
+}
+
+/// Memory for bytes that a device or a driver fills.
+pub fn bytes(ram: &mut FreeRam, count: usize) -> Option<&'static mut [u8]> {
+    // SAFETY: zero is a valid byte.
+    unsafe { allocate(ram, count) }
 }
 
 /// Collects the free RAM of the memory map, above the image, and maps what lies above 4 GiB.

@@ -8,6 +8,7 @@ use beacon_core::json::Line;
 use beacon_core::pages::{Kind, PAGE_SIZE};
 use beacon_core::stats::{TopGaps, BUCKETS};
 
+use crate::devices::Devices;
 use crate::world::{Notice, Shared, World};
 use crate::{apic, console, fpu};
 
@@ -73,7 +74,7 @@ pub fn ready(world: &World, now: u64) {
 }
 
 /// The regular report.
-pub fn report(world: &World, seq: u64, now: u64, window_start: u64) {
+pub fn report(world: &World, devices: &Devices, seq: u64, now: u64, window_start: u64) {
     let sum = |of: fn(&Shared) -> u64| world.shared.iter().map(of).sum::<u64>();
     let max = |of: fn(&Shared) -> u64| world.shared.iter().map(of).max().unwrap_or(0);
     let min = |of: fn(&Shared) -> u64| world.shared.iter().map(of).min().unwrap_or(0);
@@ -122,6 +123,7 @@ pub fn report(world: &World, seq: u64, now: u64, window_start: u64) {
     line.number("clock_back", sum(|shared| shared.clock_back.get()));
     line.micros("clock_back_max_us", max(|shared| shared.clock_back_max.get()));
     line.number("dropped", console::dropped());
+    devices.report(&mut line);
     console::send(&mut line);
 }
 

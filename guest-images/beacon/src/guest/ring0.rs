@@ -12,9 +12,13 @@ use crate::exception::Frame;
 global_asm!(include_str!("ring0.s"), idt = sym IDT);
 
 /// Size and alignment of [`Area`] with the ring-3 stack above it.
-pub const AREA_SIZE: u64 = 65536;
+pub const AREA_SIZE: u64 = 0x2_0000;
 /// Vector of the LAPIC timer.
 pub const TIMER_VECTOR: u32 = 0x40;
+/// Vector of the first device interrupt; the others follow.
+const FIRST_DEVICE_VECTOR: usize = 0x50;
+/// Device interrupts that are told apart.
+pub const DEVICE_LINES: usize = 16;
 /// Vector of the LAPIC's spurious interrupt.
 pub const SPURIOUS_VECTOR: u32 = 0xFF;
 
@@ -74,6 +78,8 @@ extern "C" {
     static gdt_tss: [AtomicU64; 2 * MAX_CPUS as usize];
     static page_directory_pointers: [AtomicU64; 512];
     static exception_stubs: [u8; 32 * 16];
+    static device_stubs: [u8; DEVICE_LINES * 16];
+    static device_counts: [AtomicU64; DEVICE_LINES];
     static ap_trampoline: u8;
     static ap_trampoline_end: u8;
     static ap_stack: AtomicU64;
@@ -108,6 +114,11 @@ pub fn fill_idt() {
         set_gate(vector, unsafe { (&raw const exception_stubs).cast::<u8>().add(vector * 16) }
             as u64);
     }
+    for line in 0..DEVICE_LINES {
+        // SAFETY: as above.
+        let stub = unsafe { (&raw const device_stubs).cast::<u8>().add(line * 16) };
+        set_gate(FIRST_DEVICE_VECTOR + line, stub as u64);
+    }
     set_gate(6, invalid_opcode as *const () as u64);
     set_gate(TIMER_VECTOR as usize, timer_interrupt as *const () as u64);
     set_gate(SPURIOUS_VECTOR as usize, spurious_interrupt as *const () as u64);
@@ -121,6 +132,17 @@ fn set_gate(vector: usize, handler: u64) {
         | (handler & 0xFFFF_0000) << 32;
     IDT[vector].0[0].store(low, Relaxed);
     IDT[vector].0[1].store(handler >> 32, Relaxed);
+}
+
+/// The vector of a device interrupt; `line` < [`DEVICE_LINES`].
+pub fn device_vector(line: usize) -> u32 {
+    (FIRST_DEVICE_VECTOR + line) as u32
+}
+
+/// Counts the interrupts of a device.
+pub fn device_irqs(line: usize) -> &'static AtomicU64 {
+    // SAFETY: the counters are part of the image and atomics.
+    unsafe { &device_counts[line] }
 }
 
 /// Fills in this vCPU's TSS, with which ring 3 may use ports and the gate. `cpu` < [`MAX_CPUS`].

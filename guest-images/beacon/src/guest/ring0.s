@@ -5,10 +5,10 @@
 # can be, and whatever can be done from ring 3 is done there: page tables, IDT, TSS and the bss are
 # filled in by Rust. The rings are for speed here, not for protection: all memory is open to ring 3.
 #
-# Each vCPU has an area of 64 KiB, aligned to its size (struct Area in ring0.rs): what ring 0 needs,
-# the TSS, the ring-0 stack, and above them the ring-3 stack. Hence `rsp & -65536` finds it from both.
+# Each vCPU has an area of 128 KiB, aligned to its size (struct Area in ring0.rs): what ring 0 needs,
+# the TSS, the ring-0 stack, and above them the ring-3 stack. Hence `rsp & -AREA_SIZE` finds it from both.
 
-.set AREA_SIZE,      65536
+.set AREA_SIZE,      0x20000
 .set AREA_TICKS,     8
 .set AREA_PERIOD,    16
 .set AREA_DEADLINE,  24
@@ -265,7 +265,9 @@ timer_interrupt:
     shr rdx, 32
     mov ecx, MSR_TSC_DEADLINE
     wrmsr
-1:  cmp dword ptr [rbx + AREA_X2APIC], 0
+1:
+end_of_interrupt:
+    cmp dword ptr [rbx + AREA_X2APIC], 0
     je 2f
     mov ecx, MSR_X2APIC_EOI
     xor eax, eax
@@ -280,6 +282,28 @@ timer_interrupt:
     pop rax
 spurious_interrupt:
     iretq
+
+# Devices: count, and tell the LAPIC; the rest is done in ring 3. One stub of 16 bytes for each.
+.balign 16
+.globl device_stubs
+device_stubs:
+.set line, 0
+.rept 16
+    .balign 16
+    inc qword ptr [device_counts + line * 8]
+    jmp device_common
+    .set line, line + 1
+.endr
+
+.balign 16
+device_common:
+    push rax
+    push rbx
+    push rcx
+    push rdx
+    mov rbx, rsp
+    and rbx, -AREA_SIZE
+    jmp end_of_interrupt
 
 # ---- exceptions -----------------------------------------------------------------------------
 # 32 stubs of 16 bytes; those whose exception has no error code push a zero.
@@ -363,6 +387,8 @@ null_pointer:
     .word 0
     .quad 0
 .balign 8
+.globl device_counts
+device_counts: .fill 16, 8, 0
 .globl ap_stack, ap_selector, ap_argument
 ap_stack:    .quad 0
 ap_selector: .quad 0

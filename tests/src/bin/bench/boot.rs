@@ -1,69 +1,14 @@
 //! Starting a guest, what the process then takes, and what exits cost.
 
-use crate::figures::{Better, Figure, Row};
+use crate::figures::{Row, Target};
 use crate::guest::{Guest, Line, Setup, Vmm};
+use crate::rounds::{alternate, row, template};
 use crate::{Bench, Result};
 
 /// First guest instruction after exec, ms; a promise of this project.
 const TARGET_START_MS: f64 = 20.0;
 /// Resident memory beyond guest RAM, MiB; a promise of this project.
 const TARGET_OVERHEAD_MIB: f64 = 12.0;
-
-/// What is measured of each, one figure for each quantity, in this order.
-type Figures = Vec<(Vmm, Vec<Figure>)>;
-
-/// Runs `measure` with each VMM in turn, `runs` times and once before that to warm up, and collects
-/// the quantities that it gives.
-fn alternate(
-    bench: &Bench,
-    vmms: &[Vmm],
-    runs: usize,
-    quantities: usize,
-    mut measure: impl FnMut(Vmm) -> Result<Vec<std::result::Result<f64, String>>>,
-) -> Result<Figures> {
-    let mut all: Figures = vmms.iter().map(|vmm| (*vmm, vec![Figure::new(); quantities])).collect();
-    for run in 0..=runs {
-        bench.run(run, runs);
-        for (vmm, figures) in &mut all {
-            let measured = match (*vmm, &bench.tools.qemu) {
-                (Vmm::Minivmm, _) => measure(*vmm)?,
-                (_, Err(why)) => vec![Err(why.clone()); quantities],
-                // Another program's failure is a finding, not the end.
-                (_, Ok(_)) => match measure(*vmm) {
-                    Ok(samples) => samples,
-                    Err(error) => vec![Err(error.to_string()); quantities],
-                },
-            };
-            if run > 0 {
-                for (figure, sample) in figures.iter_mut().zip(measured) {
-                    figure.add(sample);
-                }
-            }
-        }
-    }
-    Ok(all)
-}
-
-/// A row of the quantity with this index; the first VMM is minivmm.
-fn row(figures: &Figures, index: usize, template: Row) -> Row {
-    let mut of = figures.iter().map(|(vmm, figures)| (vmm.name(), figures[index].clone()));
-    let minivmm = of.next().map_or_else(Figure::new, |(_, figure)| figure);
-    let peers = of.map(|(name, figure)| (name.to_owned(), figure)).collect();
-    Row { minivmm, peers, ..template }
-}
-
-fn template(bench: &'static str, what: impl Into<String>, unit: &'static str) -> Row {
-    Row {
-        bench,
-        what: what.into(),
-        unit,
-        better: Better::Lower,
-        digits: 1,
-        minivmm: Figure::new(),
-        target: None,
-        peers: Vec::new(),
-    }
-}
 
 /// Runs of [`start`]: more than of the others, since a few milliseconds vary more.
 pub fn start_runs(bench: &Bench) -> usize {
@@ -76,7 +21,12 @@ pub fn start_runs(bench: &Bench) -> usize {
 
 /// From exec to the guest's first instruction, its first output, and until it is at work.
 pub fn start(bench: &Bench) -> Result<Vec<Row>> {
-    let setup = Setup { memory_mib: 1024, cpus: 1, cmdline: "ws=16 report=0".to_owned() };
+    let setup = Setup {
+        memory_mib: 1024,
+        cpus: 1,
+        cmdline: "ws=16 report=0".to_owned(),
+        ..Setup::default()
+    };
     let vmms = [Vmm::Minivmm, Vmm::QemuRom, Vmm::QemuFirmware];
     let figures = alternate(bench, &vmms, start_runs(bench), 3, |vmm| {
         let mut guest = bench.tools.boot(vmm, "start", &setup)?;
@@ -97,7 +47,7 @@ pub fn start(bench: &Bench) -> Result<Vec<Row>> {
             row(&figures, index, template("start", format!("{what}, 1 GiB"), "ms"))
         })
         .collect();
-    rows[0].target = Some(TARGET_START_MS);
+    rows[0].target = Some(Target::Limit(TARGET_START_MS));
     Ok(rows)
 }
 
@@ -117,7 +67,12 @@ fn first_instruction_ms(guest: &Guest, boot: &Line, read: u64) -> std::result::R
 pub fn overhead(bench: &Bench) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for cpus in [1, 2] {
-        let setup = Setup { memory_mib: 1024, cpus, cmdline: "ws=16 report=0".to_owned() };
+        let setup = Setup {
+            memory_mib: 1024,
+            cpus,
+            cmdline: "ws=16 report=0".to_owned(),
+            ..Setup::default()
+        };
         let figures = alternate(bench, &[Vmm::Minivmm, Vmm::QemuRom], bench.runs(), 2, |vmm| {
             let mut guest = bench.tools.boot(vmm, "overhead", &setup)?;
             guest.event("ready")?;
@@ -128,7 +83,7 @@ pub fn overhead(bench: &Bench) -> Result<Vec<Row>> {
         })?;
         let what = format!("resident memory beyond guest RAM, {cpus} vCPU");
         let memory = row(&figures, 0, template("overhead", what, "MiB"));
-        rows.push(Row { target: Some(TARGET_OVERHEAD_MIB), ..memory });
+        rows.push(Row { target: Some(Target::Limit(TARGET_OVERHEAD_MIB)), ..memory });
         let threads = template("overhead", format!("threads, {cpus} vCPU"), "threads");
         rows.push(row(&figures, 1, Row { digits: 0, ..threads }));
     }
@@ -145,7 +100,12 @@ pub fn exits(bench: &Bench) -> Result<Vec<Row>> {
         "pio_median_ns",
         "pio_p99_ns",
     ];
-    let setup = Setup { memory_mib: 256, cpus: 1, cmdline: "mode=exits ws=1 report=0".to_owned() };
+    let setup = Setup {
+        memory_mib: 256,
+        cpus: 1,
+        cmdline: "mode=exits ws=1 report=0".to_owned(),
+        ..Setup::default()
+    };
     let figures = alternate(bench, &[Vmm::Minivmm, Vmm::QemuRom], bench.runs(), 6, |vmm| {
         let mut guest = bench.tools.boot(vmm, "exits", &setup)?;
         let line = guest.event("exits")?;

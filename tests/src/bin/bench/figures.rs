@@ -14,6 +14,15 @@ pub enum Better {
     Higher,
 }
 
+/// What is to be reached.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// This, in the unit of the row.
+    Limit(f64),
+    /// The best of the peers.
+    Peers,
+}
+
 /// What was measured of one subject, or why nothing was.
 #[derive(Debug, Clone)]
 pub enum Figure {
@@ -95,8 +104,8 @@ pub struct Row {
     pub digits: usize,
     /// What minivmm does.
     pub minivmm: Figure,
-    /// What is to be reached, in the unit of the row.
-    pub target: Option<f64>,
+    /// What is to be reached.
+    pub target: Option<Target>,
     /// Others, with their names.
     pub peers: Vec<(String, Figure)>,
 }
@@ -110,11 +119,21 @@ impl Row {
         }
     }
 
+    /// The target in the unit of the row; none where no peer was measured.
+    fn limit(&self) -> Option<f64> {
+        let peers = || self.peers.iter().filter_map(|(_, figure)| figure.median());
+        match (self.target?, self.better) {
+            (Target::Limit(limit), _) => Some(limit),
+            (Target::Peers, Better::Lower) => peers().min_by(f64::total_cmp),
+            (Target::Peers, Better::Higher) => peers().max_by(f64::total_cmp),
+        }
+    }
+
     fn target_met(&self) -> Option<bool> {
-        let (target, median) = (self.target?, self.minivmm.median()?);
+        let (limit, median) = (self.limit()?, self.minivmm.median()?);
         Some(match self.better {
-            Better::Lower => median <= target,
-            Better::Higher => median >= target,
+            Better::Lower => median <= limit,
+            Better::Higher => median >= limit,
         })
     }
 
@@ -128,13 +147,17 @@ impl Row {
     fn target_text(&self) -> String {
         let Some(target) = self.target else { return String::new() };
         let sign = if self.better == Better::Lower { "≤" } else { "≥" };
-        let digits = if target.fract() == 0.0 { 0 } else { 1 };
+        let target = match target {
+            Target::Limit(limit) if limit.fract() == 0.0 => format!("{limit:.0}"),
+            Target::Limit(limit) => format!("{limit:.1}"),
+            Target::Peers => "best beside it".to_owned(),
+        };
         let verdict = match self.target_met() {
             Some(true) => "met",
             Some(false) => "MISSED",
             None => "not measured",
         };
-        format!("{sign} {target:.digits$}: {verdict}")
+        format!("{sign} {target}: {verdict}")
     }
 
     fn json(&self) -> Value {
@@ -150,7 +173,7 @@ impl Row {
             "unit": self.unit,
             "better": self.better(),
             "minivmm": self.minivmm.json(),
-            "target": self.target,
+            "target": self.limit(),
             "target_met": self.target_met(),
             "peers": self.peers.iter().map(peer).collect::<Vec<_>>(),
         })
@@ -215,7 +238,7 @@ mod tests {
             better: Better::Lower,
             digits: 1,
             minivmm: Figure::Samples(vec![3.0, 1.0, 2.0]),
-            target: Some(2.0),
+            target: Some(Target::Limit(2.0)),
             peers: vec![
                 ("QEMU".into(), Figure::Samples(vec![8.0, 4.0])),
                 ("other".into(), Figure::Missing("not there".into())),
@@ -237,11 +260,22 @@ mod tests {
     fn a_target_is_met_on_the_right_side() {
         let mut row = row();
         assert_eq!(row.target_met(), Some(true));
-        row.target = Some(1.9);
+        row.target = Some(Target::Limit(1.9));
         assert_eq!(row.target_met(), Some(false));
         row.better = Better::Higher;
         assert_eq!(row.target_met(), Some(true));
         row.minivmm = Figure::Missing(String::new());
+        assert_eq!(row.target_met(), None);
+    }
+
+    #[test]
+    fn the_best_peer_is_a_target() {
+        let mut row = Row { target: Some(Target::Peers), better: Better::Higher, ..row() };
+        assert_eq!(row.target_met(), Some(false));
+        row.peers.push(("third".into(), Figure::Samples(vec![1.0])));
+        row.better = Better::Lower;
+        assert_eq!((row.target_met(), row.limit()), (Some(false), Some(1.0)));
+        row.peers.clear();
         assert_eq!(row.target_met(), None);
     }
 

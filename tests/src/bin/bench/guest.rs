@@ -1,7 +1,7 @@
 //! `beacon` in a process of its own: in minivmm or in QEMU.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -25,6 +25,8 @@ pub enum Vmm {
     QemuRom,
     /// QEMU microvm with the firmware that it takes by itself.
     QemuFirmware,
+    /// As `QemuRom`, with io_uring instead of threads for its disks.
+    QemuUring,
 }
 
 impl Vmm {
@@ -34,12 +36,13 @@ impl Vmm {
             Self::Minivmm => "minivmm",
             Self::QemuRom => "QEMU microvm",
             Self::QemuFirmware => "QEMU microvm, qboot",
+            Self::QemuUring => "QEMU microvm, aio=io_uring",
         }
     }
 }
 
 /// The machine and what beacon does in it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Setup {
     /// Guest memory.
     pub memory_mib: u64,
@@ -47,6 +50,10 @@ pub struct Setup {
     pub cpus: u8,
     /// beacon's command line.
     pub cmdline: String,
+    /// The file of its disk.
+    pub disk: Option<PathBuf>,
+    /// The tap of its network card.
+    pub tap: Option<&'static str>,
 }
 
 /// Where everything is.
@@ -109,9 +116,16 @@ impl Tools {
                 command
                     .args(["run", "--name", name, "--memory", &format!("{}M", setup.memory_mib)])
                     .args(["--cpus", &setup.cpus.to_string(), "--cmdline", &setup.cmdline]);
+                if let Some(disk) = &setup.disk {
+                    let disk = format!("id=disk,path={},cache=writeback", disk.display());
+                    command.args(["--disk", &disk]);
+                }
+                if let Some(tap) = setup.tap {
+                    command.args(["--net", &format!("id=net,tap={tap}")]);
+                }
                 Guest::start(command, Wiring::Console)
             }
-            Vmm::QemuRom | Vmm::QemuFirmware => {
+            Vmm::QemuRom | Vmm::QemuFirmware | Vmm::QemuUring => {
                 let mut command = self.qemu_command(vmm, setup);
                 command.args(["-serial", "stdio"]);
                 Guest::start(command, Wiring::Console)
@@ -149,9 +163,29 @@ impl Tools {
             .arg(format!("memory-backend-memfd,id=ram,size={}M,share=on", setup.memory_mib))
             .arg("-kernel")
             .arg(file("beacon.elf"))
-            .args(["-append", &setup.cmdline])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        if vmm == Vmm::QemuRom {
+        let mut cmdline = setup.cmdline.clone();
+        if setup.disk.is_some() || setup.tap.is_some() {
+            // Where microvm puts the first two devices.
+            cmdline += " virtio_mmio.device=512@0xfeb02e00:47 virtio_mmio.device=512@0xfeb02c00:46";
+            command.args(["-global", "virtio-mmio.force-legacy=false"]);
+        }
+        command.args(["-append", &cmdline]);
+        if let Some(disk) = &setup.disk {
+            let aio = if vmm == Vmm::QemuUring { "io_uring" } else { "threads" };
+            let disk = disk.display();
+            command
+                .arg("-drive")
+                .arg(format!("if=none,id=disk,file={disk},format=raw,cache=writeback,aio={aio}"))
+                .args(["-device", "virtio-blk-device,drive=disk"]);
+        }
+        if let Some(tap) = setup.tap {
+            command
+                .arg("-netdev")
+                .arg(format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off"))
+                .args(["-device", "virtio-net-device,netdev=net"]);
+        }
+        if vmm != Vmm::QemuFirmware {
             command.arg("-bios").arg(file("rom.bin"));
         }
         command
@@ -200,8 +234,8 @@ pub struct Guest {
     /// QEMU's monitor.
     pub monitor: Option<Qmp>,
     console: Receiver<(Line, String)>,
-    /// Keeps minivmm's console from ending.
-    _input: Option<ChildStdin>,
+    /// The console's input, which must not end.
+    input: Option<ChildStdin>,
     /// Right before the process was made.
     pub begun: Instant,
     /// The same, by the wall clock.
@@ -228,7 +262,7 @@ impl Guest {
                 (Some(Qmp::new(input, output)?), None, read_console(console))
             }
         };
-        Ok(Self { process, monitor, console, _input: input, begun, begun_wall, begun_tsc })
+        Ok(Self { process, monitor, console, input, begun, begun_wall, begun_tsc })
     }
 
     /// The next event of this kind.
@@ -249,6 +283,12 @@ impl Guest {
                 _ => last = text,
             }
         }
+    }
+
+    /// Types a command into the guest's console.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        let input = self.input.as_mut().ok_or("no console")?;
+        Ok(writeln!(input, "{line}")?)
     }
 
     /// QEMU's monitor.

@@ -3,10 +3,14 @@
 //! Subjects alternate, so that what else the machine does meets all of them; the first round only
 //! warms up. Tables go to standard output, progress to standard error.
 
+mod block;
 mod boot;
 mod figures;
 mod guest;
+mod linux;
+mod net;
 mod qmp;
+mod rounds;
 mod saving;
 
 use std::error::Error;
@@ -25,10 +29,10 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const USAGE: &str = "\
 Usage: bench [--quick] [--json FILE] [--dir DIR] [BENCH...]
 
-  BENCH        start, overhead, exits, save, restore, sparse [default: all]
+  BENCH        start, overhead, exits, save, restore, sparse, block, net, linux [default: all]
   --quick      fewer runs and less memory, for a look
   --json FILE  write all samples to FILE
-  --dir DIR    where VMs are saved: the file system that is measured
+  --dir DIR    where VMs are saved, and where disks are: the file system that is measured
                [default: beside this program]
 
 Needs 3 GiB of memory and 2.5 GiB of disk. With nothing else to do, the machine gives figures that can
@@ -36,13 +40,16 @@ be compared; each table says how busy it was.";
 
 type Run = fn(&Bench) -> Result<Vec<Row>>;
 
-const BENCHES: [(&str, Run); 6] = [
+const BENCHES: [(&str, Run); 9] = [
     ("start", boot::start),
     ("overhead", boot::overhead),
     ("exits", boot::exits),
     ("save", saving::save),
     ("restore", saving::restore),
     ("sparse", saving::sparse),
+    ("block", block::block),
+    ("net", net::net),
+    ("linux", linux::boot),
 ];
 
 /// What a benchmark needs to know.
@@ -99,7 +106,13 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    let options = match Options::parse(std::env::args().skip(1)) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [linux::SAMPLES, runs] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        // In the lab.
+        linux::print_samples(runs.parse().unwrap_or(1));
+        return ExitCode::SUCCESS;
+    }
+    let options = match Options::parse(arguments.into_iter()) {
         Ok(options) => options,
         Err(text) => {
             eprintln!("{text}");
@@ -138,7 +151,7 @@ fn bench(options: Options) -> Result<()> {
         qemu
     );
     println!(
-        "{} CPUs ({}), Linux {}, saved VMs in {}. Load average {before} before and {after} after; {:.0} s in all.",
+        "{} CPUs ({}), Linux {}, files in {}. Load average {before} before and {after} after; {:.0} s in all.",
         std::thread::available_parallelism()?,
         cpu_model(),
         first_line("/proc/sys/kernel/osrelease"),

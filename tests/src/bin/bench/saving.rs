@@ -20,7 +20,12 @@ const MIB: f64 = 1048576.0;
 /// The guest whose memory is moved: most of its RAM written, in scattered order.
 fn full(bench: &Bench) -> Setup {
     let (memory_mib, ws) = if bench.quick { (512, 300) } else { (1024, 700) };
-    Setup { memory_mib, cpus: 1, cmdline: format!("ws={ws} order=scattered report=0") }
+    Setup {
+        memory_mib,
+        cpus: 1,
+        cmdline: format!("ws={ws} order=scattered report=0"),
+        ..Setup::default()
+    }
 }
 
 fn row(bench: &'static str, what: &str, unit: &'static str, better: Better) -> Row {
@@ -302,7 +307,7 @@ pub fn sparse(bench: &Bench) -> Result<Vec<Row>> {
     let sizes = [if bench.quick { 4 } else { 16 } << 10, 1 << 10];
     let mut guests = Vec::new();
     for (name, memory_mib) in NAMES.into_iter().zip(sizes) {
-        let setup = Setup { memory_mib, cpus: 1, cmdline: cmdline.clone() };
+        let setup = Setup { memory_mib, cpus: 1, cmdline: cmdline.clone(), ..Setup::default() };
         let mut guest = bench.tools.boot(Vmm::Minivmm, name, &setup)?;
         guest.event("ready")?;
         bench.tools.minivmm_json(&["pause", name])?;

@@ -1,0 +1,285 @@
+//! Accepts connections and finds out what each is for. Until then nobody is trusted with more than a
+//! thread and a few kilobytes, for a limited time.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{mpsc, Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use crate::destination::incoming::read_main;
+use crate::destination::Input;
+use crate::handover::Verdict;
+use crate::identity::{MigrationId, Token};
+use crate::journal::{Journal, Side};
+use crate::link::{MainLink, Timing};
+use crate::stream::session::{Hello, Join, Joined, Query, Refuse, VerdictWire, ROLE_PAGES};
+use crate::stream::{Problem, RecordReader, RecordWriter, StreamError, StreamKind};
+use crate::transport::{Listener, Stream, Transport};
+
+/// How often the door looks whether it is to close, and whose time is over.
+pub(super) const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
+/// Connections whose purpose is not known yet.
+const MAX_STRANGERS: usize = 64;
+
+/// Who may join the migration that is under way.
+pub(super) struct Guests {
+    pub(super) id: MigrationId,
+    pub(super) token: Token,
+    /// Which page connections have joined.
+    pub(super) joined: Vec<bool>,
+}
+
+/// A connection that must show its purpose in time.
+struct Stranger {
+    deadline: Instant,
+    transport: Arc<dyn Transport>,
+    known: Arc<AtomicBool>,
+}
+
+pub(super) struct Door {
+    journal: Journal,
+    timing: Timing,
+    /// `None`: nothing may come in.
+    inbox: Option<mpsc::Sender<Input>>,
+    /// A migration is under way, or none may come.
+    busy: AtomicBool,
+    guests: Mutex<Option<Guests>>,
+    strangers: Mutex<Vec<Stranger>>,
+    stranger_count: AtomicUsize,
+    closed: AtomicBool,
+}
+
+impl Door {
+    pub(super) fn new(
+        journal: Journal,
+        timing: Timing,
+        inbox: Option<mpsc::Sender<Input>>,
+    ) -> Self {
+        Self {
+            journal,
+            timing,
+            busy: AtomicBool::new(inbox.is_none()),
+            inbox,
+            guests: Mutex::new(None),
+            strangers: Mutex::new(Vec::new()),
+            stranger_count: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    /// Accepts until the door is closed.
+    pub(super) fn serve<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        listener: &dyn Listener,
+    ) {
+        while !self.closed.load(Ordering::Acquire) {
+            match listener.accept(ACCEPT_INTERVAL) {
+                Ok(Some(transport)) => self.admit(scope, transport),
+                Ok(None) => {}
+                Err(error) => {
+                    // Out of descriptors, most likely: it gets better by itself or not at all.
+                    tracing::warn!(%error, "no connection can be accepted");
+                    thread::sleep(ACCEPT_INTERVAL);
+                }
+            }
+            self.look_at_strangers();
+        }
+    }
+
+    fn admit<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        transport: Arc<dyn Transport>,
+    ) {
+        if self.stranger_count.load(Ordering::Relaxed) >= MAX_STRANGERS {
+            tracing::warn!(peer = transport.peer(), "too many connections: closed");
+            return transport.shutdown();
+        }
+        self.stranger_count.fetch_add(1, Ordering::Relaxed);
+        let known = Arc::new(AtomicBool::new(false));
+        self.strangers().push(Stranger {
+            deadline: Instant::now() + self.timing.accept,
+            transport: Arc::clone(&transport),
+            known: Arc::clone(&known),
+        });
+        let spawned =
+            thread::Builder::new().name("mig-main-in".to_owned()).spawn_scoped(scope, move || {
+                if let Err(error) = self.meet(&transport, &known) {
+                    tracing::info!(peer = transport.peer(), %error, "a connection was closed");
+                    transport.shutdown();
+                }
+                known.store(true, Ordering::Release);
+                self.stranger_count.fetch_sub(1, Ordering::Relaxed);
+            });
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "no thread for a connection");
+            self.stranger_count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Finds out what a connection is for, and sees to it.
+    fn meet(&self, transport: &Arc<dyn Transport>, known: &AtomicBool) -> Result<(), StreamError> {
+        let limit = Some(self.timing.accept);
+        if let Err(error) = transport.set_timeouts(limit, limit) {
+            let problem = Problem::Read(error);
+            return Err(StreamError { record: 0, offset: 0, problem });
+        }
+        let kinds = [StreamKind::Migration, StreamKind::Pages, StreamKind::Query];
+        let stream = Stream(Arc::clone(transport));
+        let records = match RecordReader::of_kinds(stream, &kinds) {
+            Ok(records) => records,
+            Err(error) => {
+                // Another version learns ours from the preamble.
+                if let (Problem::Version(_), Ok(link)) =
+                    (&error.problem, MainLink::open(Arc::clone(transport)))
+                {
+                    link.abort(3, &error.problem.to_string());
+                }
+                return Err(error);
+            }
+        };
+        match records.kind() {
+            StreamKind::Pages => self.join(records, transport),
+            StreamKind::Query => self.answer(records, transport),
+            _ => self.begin(records, transport, known),
+        }
+    }
+
+    fn begin(
+        &self,
+        records: RecordReader<Stream>,
+        transport: &Arc<dyn Transport>,
+        known: &AtomicBool,
+    ) -> Result<(), StreamError> {
+        match &self.inbox {
+            Some(inbox) if !self.busy.swap(true, Ordering::AcqRel) => {
+                let begun = read_main(records, transport, inbox, known);
+                if begun.is_err() {
+                    // It did not come as far as an offer.
+                    self.busy.store(false, Ordering::Release);
+                }
+                begun
+            }
+            _ => self.refuse(records, transport),
+        }
+    }
+
+    fn refuse(
+        &self,
+        mut records: RecordReader<Stream>,
+        transport: &Arc<dyn Transport>,
+    ) -> Result<(), StreamError> {
+        let record = records.next_record()?;
+        let hello: Hello<'_> = record.decode("HELLO")?;
+        let id = hello.id;
+        let link = MainLink::open(Arc::clone(transport))?;
+        link.write(|out| -> Result<(), StreamError> {
+            out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
+            out.send(&Refuse { reasons: vec!["another migration is under way there"] })
+        })?;
+        // What the source has sent meanwhile must be read, or its kernel may drop the answer.
+        while records.next_record().is_ok() {}
+        transport.shutdown();
+        Ok(())
+    }
+
+    fn join(
+        &self,
+        mut records: RecordReader<Stream>,
+        transport: &Arc<dyn Transport>,
+    ) -> Result<(), StreamError> {
+        let record = records.next_record()?;
+        let join: Join = record.decode("JOIN")?;
+        let refused = |what: &str| {
+            let what = what.to_owned();
+            record.error(Problem::Malformed { record_type: record.record_type, what })
+        };
+        let Some(inbox) = &self.inbox else { return Err(refused("no migration is under way")) };
+        {
+            let mut guests = self.guests();
+            let admitted = guests.as_mut().filter(|guests| {
+                guests.token.matches(&Token::from_bytes(join.token)) && guests.id.0 == join.id
+            });
+            let Some(guests) = admitted else {
+                return Err(refused("no such migration, or the wrong token"));
+            };
+            match guests.joined.get_mut(usize::from(join.index)) {
+                Some(joined) if !*joined && join.role == ROLE_PAGES => *joined = true,
+                _ => return Err(refused("no such page connection, or it has joined before")),
+            }
+        }
+        let mut out = RecordWriter::new(Stream(Arc::clone(transport)), StreamKind::Pages)?;
+        out.send(&Joined { index: join.index })?;
+        // It may be idle from now on; who closes the main connection closes this one too.
+        if let Err(error) = transport.set_timeouts(None, Some(self.timing.dead)) {
+            return Err(records.error(Problem::Read(error)));
+        }
+        let transport = Arc::clone(transport);
+        // Fails when the session has just ended, and closes the connection.
+        let _ = inbox.send(Input::Joined { index: join.index, records, transport });
+        Ok(())
+    }
+
+    fn answer(
+        &self,
+        mut records: RecordReader<Stream>,
+        transport: &Arc<dyn Transport>,
+    ) -> Result<(), StreamError> {
+        let record = records.next_record()?;
+        let query: Query = record.decode("QUERY")?;
+        let (id, token) = (MigrationId(query.id), Token::from_bytes(query.token));
+        let verdict = match query.side {
+            1 => self.journal.verdict(id, Side::Source, Some(&token)),
+            2 if query.reclaim => self.journal.reclaim(id, &token),
+            2 => self.journal.verdict(id, Side::Destination, Some(&token)),
+            other => {
+                let what = format!("side {other}");
+                let record_type = record.record_type;
+                return Err(record.error(Problem::Malformed { record_type, what }));
+            }
+        };
+        let verdict = verdict.unwrap_or_else(|error| {
+            tracing::error!(%error, "a verdict query cannot be answered");
+            Verdict::Undecided
+        });
+        tracing::info!(%id, ?verdict, reclaim = query.reclaim, "a verdict query was answered");
+        let mut out = RecordWriter::new(Stream(Arc::clone(transport)), StreamKind::Query)?;
+        out.send(&VerdictWire { verdict: verdict.number() })
+    }
+
+    /// Closes connections that have not shown their purpose in time.
+    fn look_at_strangers(&self) {
+        let now = Instant::now();
+        self.strangers().retain(|stranger| {
+            let known = stranger.known.load(Ordering::Acquire);
+            if !known && now >= stranger.deadline {
+                stranger.transport.shutdown();
+            }
+            !known && now < stranger.deadline
+        });
+    }
+
+    /// From now on these may join.
+    pub(super) fn expect(&self, guests: Option<Guests>) {
+        *self.guests() = guests;
+    }
+
+    /// Closes everything whose purpose is not known, and accepts no more.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        for stranger in self.strangers().drain(..) {
+            if !stranger.known.load(Ordering::Acquire) {
+                stranger.transport.shutdown();
+            }
+        }
+    }
+
+    fn guests(&self) -> MutexGuard<'_, Option<Guests>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn strangers(&self) -> MutexGuard<'_, Vec<Stranger>> {
+        self.strangers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,163 @@
+//! From the offer until the VM is made and its memory is waited for.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{mpsc, Arc};
+use std::time::Instant;
+
+use crate::address::PageRange;
+use crate::destination::door::Guests;
+use crate::destination::receiver::Receiver;
+use crate::destination::session::{Failure, Joined, Session};
+use crate::destination::{Input, Stage};
+use crate::handover::{Cause, DestinationEvent};
+use crate::identity::Token;
+use crate::link::MainLink;
+use crate::report::as_micros;
+use crate::stream::session::{
+    shortened, Accept, Hello, Ready, Refuse, MAX_REASONS, MAX_REASON_BYTES,
+};
+use crate::stream::RecordType;
+use crate::verify::hash_ranges;
+use crate::vm::{DestinationVm, FirstTouch};
+
+/// Memory is provided in pieces of this, so that the thread can be stopped.
+const POPULATE_PAGES: u64 = 512;
+
+impl Session<'_, '_, '_> {
+    /// Says hello, and has the host look at the offer.
+    pub(super) fn negotiate(&mut self) -> Result<DestinationEvent, Failure> {
+        let link = Arc::new(MainLink::open(Arc::clone(&self.main))?);
+        self.link = Some(Arc::clone(&link));
+        link.send(&Hello { id: self.offer.id.0, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
+        let interval = self.offer.alive;
+        self.spawn("mig-alive", move || link.keep_alive(interval))?;
+        let mut reasons = self.around.host.check(&self.offer);
+        if self.offer.verify {
+            let hashes = hash_ranges(&self.offer.layout).count() as u64;
+            if hashes * 8 > RecordType::Hash.max_bytes() {
+                reasons.push("its memory is too large for verify mode".to_owned());
+            }
+        }
+        match reasons.is_empty() {
+            true => Ok(DestinationEvent::Acceptable),
+            false => Err(Failure { cause: Cause::Refused, reasons }),
+        }
+    }
+
+    pub(super) fn accept(&mut self) -> Result<(), Failure> {
+        let token = Token::random()?;
+        let offer = &self.offer;
+        self.entry = Some(self.around.journal.begin_destination(
+            offer.id,
+            &offer.name,
+            &offer.peer,
+            &token,
+        )?);
+        let joined = vec![false; usize::from(self.connections)];
+        self.door.expect(Some(Guests { id: offer.id, token, joined }));
+        self.stage.set(Stage::ACCEPTED);
+        let connections = self.connections;
+        Ok(self.link()?.send(&Accept { token: token.bytes(), connections })?)
+    }
+
+    pub(super) fn refuse(&self) {
+        let Some(link) = &self.link else { return };
+        let reasons = self
+            .reasons
+            .iter()
+            .take(MAX_REASONS)
+            .map(|reason| shortened(reason, MAX_REASON_BYTES))
+            .collect();
+        if let Err(error) = link.send(&Refuse { reasons }) {
+            tracing::debug!(%error, "the refusal was not sent");
+        }
+        // Closing a socket with unread data resets it, and the refusal might be lost.
+        let deadline = Instant::now() + self.offer.alive;
+        while let Ok(input) =
+            self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        {
+            if matches!(input, Input::Lost(..) | Input::Aborted(_)) {
+                break;
+            }
+        }
+    }
+
+    /// Has the host make the VM, and waits for the page connections.
+    pub(super) fn prepare(&mut self) -> Result<DestinationEvent, Failure> {
+        let deadline = Instant::now() + self.around.options.timing.ready;
+        let mut blobs = self.offer.blobs.is_empty().then(Vec::new);
+        loop {
+            if let Some(blobs) = blobs.take() {
+                let vm = self
+                    .around
+                    .host
+                    .prepare(&self.offer, blobs)
+                    .map_err(|reasons| Failure { cause: Cause::Refused, reasons })?;
+                let same = vm.layout().as_ref() == &self.offer.layout;
+                self.vm = Some(vm);
+                if !same {
+                    let reason = "the memory that its configuration asks for is laid out otherwise";
+                    return Err(Failure::new(Cause::Refused, reason));
+                }
+            }
+            if self.vm.is_some() && self.joined.len() == usize::from(self.connections) {
+                return Ok(DestinationEvent::Prepared);
+            }
+            match self.next_or_end(deadline)? {
+                Some(Input::Blobs(all)) => blobs = Some(all),
+                Some(Input::Joined { index, records, transport }) => {
+                    self.page_transports.push(transport);
+                    self.joined.push(Joined { index, records });
+                }
+                Some(_) => {}
+                None => {
+                    let reason = "the source did not send or join what it announced in time";
+                    return Err(Failure::new(Cause::Deadline, reason));
+                }
+            }
+        }
+    }
+
+    pub(super) fn send_ready(&mut self) -> Result<(), Failure> {
+        let vm = Arc::clone(self.vm()?);
+        // A VM that was just made has none, or very little.
+        for run in vm.populated()?.runs() {
+            vm.zero(run)?;
+        }
+        let first_touch = self.around.options.first_touch.unwrap_or_else(|| vm.first_touch());
+        for Joined { index, records } in std::mem::take(&mut self.joined) {
+            let (vm, pages) = (Arc::clone(&vm), Arc::clone(&self.pages));
+            let receiver = Receiver { index, vm, records, first_touch, pages };
+            let inbox = self.sender.clone();
+            self.spawn(&format!("mig-recv-{index}"), move || receiver.run(&inbox))?;
+        }
+        if first_touch == FirstTouch::Populate {
+            let (announced, work) = mpsc::channel();
+            let (vm, stop) = (Arc::clone(&vm), Arc::clone(&self.stop_populating));
+            self.spawn("mig-populate", move || populate(vm.as_ref(), &work, &stop))?;
+            self.populate = Some(announced);
+        }
+        if let Some(entry) = &mut self.entry {
+            entry.stage()?;
+        }
+        self.stage.set(Stage::READY);
+        let load_us = as_micros(vm.expected_load());
+        Ok(self.link()?.send(&Ready { load_us })?)
+    }
+}
+
+/// Provides memory for what is announced, until there is no more.
+fn populate(vm: &dyn DestinationVm, work: &mpsc::Receiver<Vec<PageRange>>, stop: &AtomicBool) {
+    while let Ok(runs) = work.recv() {
+        for piece in runs.iter().flat_map(|run| run.chunks(POPULATE_PAGES)) {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            if let Err(error) = vm.populate_ahead(piece) {
+                // Whoever touches it next meets the same, and tells.
+                tracing::warn!(%error, "memory is not provided ahead");
+                return;
+            }
+        }
+    }
+}

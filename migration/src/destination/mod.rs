@@ -1,0 +1,280 @@
+//! The destination of a live migration.
+//!
+//! ```text
+//!   receive (the caller's thread): phases, loading, owning
+//!      |-- mig-door       accepts connections: main, pages, verdict queries   |
+//!      |-- mig-main-in    reads the main connection, checks its order         |--> one inbox
+//!      |-- mig-alive      keepalive                                           |
+//!      |-- mig-recv-N     one per page connection                             |
+//!      `-- mig-populate   provides memory just ahead of it, where that is best
+//! ```
+//!
+//! Who owns the VM is decided by [`crate::handover`] only; `session` does what it says.
+
+mod door;
+mod handshake;
+mod incoming;
+mod receiver;
+mod session;
+
+use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{mpsc, Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::address::PageRange;
+use crate::handover::{Cause, DestinationPhase, Owner};
+use crate::journal::Journal;
+use crate::link::Timing;
+use crate::snapshot::Blob;
+use crate::stream::RecordReader;
+use crate::transport::{Listener, Stream, Transport};
+use crate::vm::{DestinationHost, FirstTouch, Offer, Section};
+
+use door::Door;
+use receiver::ReceiverStats;
+
+/// How to receive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DestinationOptions {
+    /// Most page connections, 1 to 64.
+    pub max_connections: u16,
+    /// Overrides what the VM says about filling memory.
+    pub first_touch: Option<FirstTouch>,
+    /// Time limits. `alive` and `dead` come with the offer.
+    pub timing: Timing,
+}
+
+impl Default for DestinationOptions {
+    fn default() -> Self {
+        Self { max_connections: 16, first_touch: None, timing: Timing::default() }
+    }
+}
+
+/// How an incoming migration ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "verdict")]
+pub enum Arrival {
+    /// The VM is owned here, and runs unless an operator had paused it.
+    RunningHere,
+    /// Nothing of it is here.
+    NotHere {
+        /// Why.
+        cause: Cause,
+        /// Every reason, for a person.
+        reasons: Vec<String>,
+    },
+    /// The VM is here, whole and paused, and nobody knows who owns it; or it is owned and cannot run yet.
+    Unresolved {
+        /// What led here, for a person.
+        reasons: Vec<String>,
+    },
+    /// [`DestinationControl::stop`] was called before anything came.
+    Stopped,
+}
+
+/// What a destination did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ArrivalReport {
+    /// Migration id; empty if none came.
+    pub id: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// Address of the source.
+    pub peer: String,
+    /// Who owns it.
+    #[serde(flatten)]
+    pub outcome: Arrival,
+    /// Whether the source knows that the VM runs here. Otherwise it may still ask: go on answering
+    /// ([`answer_queries`]).
+    pub confirmed: bool,
+    /// Pages that came with contents.
+    pub data_pages: u64,
+    /// Pages that came as zeros.
+    pub zero_pages: u64,
+    /// Loading the state.
+    #[serde(rename = "load_us", serialize_with = "crate::report::micros::serialize")]
+    pub load: Duration,
+    /// From COMMIT until the disks were owned.
+    #[serde(rename = "own_us", serialize_with = "crate::report::micros::serialize")]
+    pub own: Duration,
+    /// Resuming the guest.
+    #[serde(rename = "resume_us", serialize_with = "crate::report::micros::serialize")]
+    pub resume: Duration,
+    /// CPU time of this process from the offer to the resumed guest.
+    #[serde(rename = "cpu_us", serialize_with = "crate::report::micros::serialize")]
+    pub cpu: Duration,
+}
+
+/// How far a destination is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Arriving {
+    /// Its phase.
+    pub phase: DestinationPhase,
+    /// Migration id.
+    pub id: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// Address of the source.
+    pub peer: String,
+    /// Why it does not go on, for a person.
+    pub note: Option<String>,
+}
+
+/// Steers an incoming migration from other threads.
+#[derive(Clone, Default)]
+pub struct DestinationControl {
+    state: Arc<Mutex<ControlState>>,
+}
+
+#[derive(Default)]
+struct ControlState {
+    inbox: Option<mpsc::Sender<Input>>,
+    stopped: bool,
+    phase: Option<DestinationPhase>,
+}
+
+impl DestinationControl {
+    /// For one call of [`receive`].
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives the incoming migration up. Without effect when the VM is owned here.
+    pub fn cancel(&self) {
+        self.tell(Input::Cancel);
+    }
+
+    /// No longer waits for a migration; one that is under way goes on.
+    pub fn stop(&self) {
+        self.state().stopped = true;
+        self.tell(Input::Stop);
+    }
+
+    /// An operator's word on an unresolved migration. [`Journal::resolve`] alone does as well.
+    pub fn resolve(&self, owner: Owner) {
+        self.tell(Input::Resolved(owner));
+    }
+
+    /// Stops waiting for a verdict, or for disks that cannot be had: [`receive`] returns.
+    pub fn detach(&self) {
+        self.tell(Input::Detach);
+    }
+
+    /// How far it is; `None` before an offer came.
+    pub fn phase(&self) -> Option<DestinationPhase> {
+        self.state().phase
+    }
+
+    fn tell(&self, input: Input) {
+        if let Some(inbox) = &self.state().inbox {
+            // Fails when the migration has just ended.
+            let _ = inbox.send(input);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, ControlState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How far the source may have gone on the main connection: what it sends earlier is a breach.
+#[derive(Debug, Default)]
+struct Stage(AtomicU8);
+
+impl Stage {
+    const ACCEPTED: u8 = 1;
+    const READY: u8 = 2;
+    const LOADED: u8 = 3;
+
+    fn set(&self, stage: u8) {
+        self.0.store(stage, Ordering::Release);
+    }
+
+    fn reached(&self, stage: u8) -> bool {
+        self.0.load(Ordering::Acquire) >= stage
+    }
+}
+
+/// What comes to the session's inbox. The order of what comes from the main connection was checked.
+enum Input {
+    Offer { offer: Box<Offer>, transport: Arc<dyn Transport>, stage: Arc<Stage> },
+    Blobs(Vec<Blob>),
+    Announced(Vec<PageRange>),
+    State { sections: Vec<Section>, hashes: Option<Vec<u64>>, paused: Instant },
+    Commit { run: bool },
+    Done,
+    Aborted(String),
+    Lost(Cause, String),
+    Joined { index: u16, records: RecordReader<Stream>, transport: Arc<dyn Transport> },
+    Synced { stats: ReceiverStats },
+    Cancel,
+    Resolved(Owner),
+    Detach,
+    Stop,
+}
+
+/// Receives one migration. Returns when it is over, one way or the other; answers verdict queries
+/// meanwhile. `progress` is called from this thread and must be quick.
+///
+/// # Errors
+/// No thread could be started.
+pub fn receive(
+    host: &dyn DestinationHost,
+    listener: &dyn Listener,
+    journal: &Journal,
+    options: &DestinationOptions,
+    control: &DestinationControl,
+    progress: &dyn Fn(&Arriving),
+) -> io::Result<ArrivalReport> {
+    let (sender, inbox) = mpsc::channel();
+    {
+        let mut state = control.state();
+        state.inbox = Some(sender.clone());
+        if state.stopped {
+            // The inbox lives as long as the session.
+            let _ = sender.send(Input::Stop);
+        }
+    }
+    let door = Door::new(journal.clone(), options.timing, Some(sender.clone()));
+    let report = thread::scope(|scope| {
+        let started = thread::Builder::new()
+            .name("mig-door".to_owned())
+            .spawn_scoped(scope, || door.serve(scope, listener));
+        let report = started.map(|_| {
+            let around = session::Surroundings { scope, host, journal, options, control, progress };
+            session::wait_for_offer(around, &door, sender, inbox)
+        });
+        door.close();
+        report
+    });
+    control.state().inbox = None;
+    report
+}
+
+/// Answers verdict queries until `stop` is called: what a process does whose VM came in, as long as the
+/// source may not know. Migrations are refused.
+///
+/// # Errors
+/// No thread could be started.
+pub fn answer_queries(
+    listener: &dyn Listener,
+    journal: &Journal,
+    timing: Timing,
+    stop: &dyn Fn() -> bool,
+) -> io::Result<()> {
+    let door = Door::new(journal.clone(), timing, None);
+    thread::scope(|scope| {
+        let started = thread::Builder::new()
+            .name("mig-door".to_owned())
+            .spawn_scoped(scope, || door.serve(scope, listener));
+        while started.is_ok() && !stop() {
+            thread::park_timeout(door::ACCEPT_INTERVAL);
+        }
+        door.close();
+        started.map(drop)
+    })
+}

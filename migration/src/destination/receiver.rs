@@ -1,0 +1,172 @@
+//! One page connection: brings pages to their place.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{mpsc, Arc};
+
+use crate::address::{PageRange, PAGE_BYTES};
+use crate::destination::Input;
+use crate::handover::Cause;
+use crate::page_set::PageSet;
+use crate::stream::session::{Round, Sync};
+use crate::stream::{
+    decode_runs, Problem, RecordHeader, RecordReader, RecordType, StreamError, MAX_PAGES_PER_RECORD,
+};
+use crate::transport::Stream;
+use crate::vm::{DestinationVm, FirstTouch};
+
+/// What came on a connection.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct ReceiverStats {
+    pub(super) data_pages: u64,
+    pub(super) zero_pages: u64,
+}
+
+/// Pages that all receivers have brought in, for progress.
+pub(super) type PageCount = Arc<AtomicU64>;
+
+pub(super) struct Receiver {
+    pub(super) index: u16,
+    pub(super) vm: Arc<dyn DestinationVm>,
+    pub(super) records: RecordReader<Stream>,
+    pub(super) first_touch: FirstTouch,
+    pub(super) pages: PageCount,
+}
+
+impl Receiver {
+    /// Receives until SYNC, and tells the session.
+    pub(super) fn run(self, inbox: &mpsc::Sender<Input>) {
+        let index = self.index;
+        let input = match self.receive() {
+            Ok(stats) => Input::Synced { stats },
+            Err(error) => {
+                let cause = match error.problem {
+                    Problem::Read(_) | Problem::Truncated => Cause::Lost,
+                    Problem::Vm(_) => Cause::Failed,
+                    _ => Cause::Protocol,
+                };
+                Input::Lost(cause, format!("page connection {index}: {error}"))
+            }
+        };
+        // Fails when the session has ended.
+        let _ = inbox.send(input);
+    }
+
+    fn receive(mut self) -> Result<ReceiverStats, StreamError> {
+        let layout = Arc::clone(self.vm.layout());
+        // Pages of this connection that hold, or held, anything. Others read as zeros.
+        let mut filled = PageSet::empty(&layout);
+        let mut buffer = match self.first_touch {
+            FirstTouch::Fill => vec![0; MAX_PAGES_PER_RECORD as usize * PAGE_BYTES],
+            FirstTouch::Populate => Vec::new(),
+        };
+        let mut stats = ReceiverStats::default();
+        let mut round = 0;
+        loop {
+            let (record_type, header) = self.records.next_header()?;
+            match record_type {
+                RecordType::Pages if round > 0 => {
+                    let runs = self.pages(&header, &mut filled, &mut buffer)?;
+                    let pages: u64 = runs.iter().map(|run| run.pages()).sum();
+                    stats.data_pages += pages;
+                    self.pages.fetch_add(pages, Ordering::Relaxed);
+                }
+                RecordType::Zero if round > 0 => {
+                    let record = self.records.read_record(record_type, &header)?;
+                    let runs = decode_runs(record_type, record.payload, &layout)
+                        .map_err(|problem| record.error(problem))?;
+                    for run in &runs {
+                        zero(self.vm.as_ref(), *run, &mut filled)
+                            .map_err(|problem| self.records.error(problem))?;
+                        stats.zero_pages += run.pages();
+                    }
+                }
+                RecordType::Round => {
+                    let record = self.records.read_record(record_type, &header)?;
+                    let begun: Round = record.decode("ROUND")?;
+                    if begun.number != round {
+                        let what = format!("round {}, expected {round}", begun.number);
+                        return Err(record.error(Problem::Malformed { record_type, what }));
+                    }
+                    round += 1;
+                }
+                RecordType::Sync if round > 0 => {
+                    let record = self.records.read_record(record_type, &header)?;
+                    let sync: Sync = record.decode("SYNC")?;
+                    let counted = stats.data_pages + stats.zero_pages;
+                    if sync.pages != counted {
+                        let (what, claimed) = ("pages", sync.pages);
+                        return Err(record.error(Problem::Totals { what, claimed, counted }));
+                    }
+                    return Ok(stats);
+                }
+                found => {
+                    let expected = "ROUND, then PAGES, ZERO, ROUND or SYNC";
+                    return Err(self.records.error(Problem::Unexpected { found, expected }));
+                }
+            }
+        }
+    }
+
+    /// Brings the data of a PAGES record to its place. Where something was written before, or memory is
+    /// provided ahead, it is read straight into guest memory; else through the buffer.
+    fn pages(
+        &mut self,
+        header: &RecordHeader,
+        filled: &mut PageSet,
+        buffer: &mut [u8],
+    ) -> Result<Vec<PageRange>, StreamError> {
+        // Guest memory is not checksummed, so that it need not be copied; a checksummed record
+        // would be a source that does what it need not, and is refused.
+        let runs = self.records.read_live_runs(header, self.vm.layout())?;
+        let mut at = 0;
+        while at < runs.len() {
+            let direct = self.is_direct(filled, runs[at]);
+            let rest = &runs[at..];
+            let same = rest.iter().take_while(|run| self.is_direct(filled, **run) == direct);
+            let part = &rest[..same.count().max(1)];
+            at += part.len();
+            if direct {
+                let slices = part
+                    .iter()
+                    .map(|run| self.vm.slice(*run))
+                    .collect::<Result<Vec<_>, _>>()
+                    .map_err(|error| self.records.error(error))?;
+                self.records.read_live_data(&slices)?;
+            } else {
+                let bytes: u64 = part.iter().map(|run| run.bytes()).sum();
+                let mut data = &mut buffer[..bytes as usize];
+                self.records.read_live_bytes(data)?;
+                for run in part {
+                    let (mine, rest) = data.split_at_mut(run.bytes() as usize);
+                    self.vm.fill(*run, mine).map_err(|error| self.records.error(error))?;
+                    data = rest;
+                }
+            }
+            for run in part {
+                filled.insert(*run).map_err(|error| self.records.error(error))?;
+            }
+        }
+        self.records.finish_live(header);
+        Ok(runs)
+    }
+
+    fn is_direct(&self, filled: &PageSet, run: PageRange) -> bool {
+        self.first_touch == FirstTouch::Populate || filled.contains(run)
+    }
+}
+
+/// Makes a run read as zeros. What was never written does already, and is not touched.
+fn zero(vm: &dyn DestinationVm, run: PageRange, filled: &mut PageSet) -> Result<(), Problem> {
+    if !filled.intersects(run) {
+        return Ok(());
+    }
+    if filled.contains(run) {
+        vm.zero(run)?;
+    } else {
+        for page in run.chunks(1).filter(|page| filled.contains(*page)) {
+            vm.zero(page)?;
+        }
+    }
+    filled.remove(run)?;
+    Ok(())
+}

@@ -1,0 +1,502 @@
+//! A simulated VM on plain anonymous memory, which implements every trait of [`crate::vm`]: for
+//! tests of the engine and of its users.
+//!
+//! Guest stores are calls of [`SimulatedVm::guest_write`], device stores of
+//! [`SimulatedVm::device_write`]; both keep the populated map and the dirty log as the real ones
+//! would. Nothing runs by itself, so tests are deterministic.
+//!
+//! - [`SimulatedHost`]: makes simulated VMs for incoming migrations.
+//! - [`LocalNetwork`]: connections inside one process, which can be cut at any byte.
+
+mod host;
+mod network;
+#[cfg(test)]
+mod tests;
+
+pub use host::SimulatedHost;
+pub use network::{Cut, LocalNetwork};
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use rustix::fs::{memfd_create, MemfdFlags};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
+use crate::layout::MemoryLayout;
+use crate::page_set::PageSet;
+use crate::vm::{
+    DestinationMemory, DestinationVm, DirtySource, GuestMemory, PauseReason, Placed, Section,
+    SourceVm, VmControl, VmError, VmState,
+};
+use crate::volatile_io::populate;
+
+/// Watches that no two of some VMs ever run at once.
+#[derive(Debug, Default)]
+pub struct RunGuard {
+    running: AtomicUsize,
+    violated: AtomicBool,
+}
+
+impl RunGuard {
+    /// Whether two ran at once.
+    pub fn violated(&self) -> bool {
+        self.violated.load(Ordering::SeqCst)
+    }
+
+    fn change(&self, was: bool, is: bool) {
+        if was && !is {
+            self.running.fetch_sub(1, Ordering::SeqCst);
+        } else if !was && is && self.running.fetch_add(1, Ordering::SeqCst) > 0 {
+            self.violated.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+/// What can be made to fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// [`DirtySource::start_tracking`].
+    StartTracking,
+    /// [`DirtySource::collect`].
+    Collect,
+    /// [`VmControl::pause`].
+    Pause,
+    /// [`VmState::save_sections`].
+    Save,
+    /// [`VmState::load_sections`].
+    Load,
+    /// [`SourceVm::flush_disks`].
+    Flush,
+    /// [`SourceVm::release_ownership`].
+    Release,
+    /// [`SourceVm::reclaim_ownership`].
+    Reclaim,
+    /// [`DestinationVm::check_ownership`].
+    CheckOwnership,
+    /// [`DestinationVm::take_ownership`].
+    TakeOwnership,
+    /// [`DestinationVm::start`].
+    Start,
+}
+
+/// The simulated VM. See the module's documentation.
+pub struct SimulatedVm {
+    layout: Arc<MemoryLayout>,
+    /// One mapping per region of the layout, in the same order.
+    regions: Vec<MmapRegion>,
+    /// The memory as a file, where it is one; the regions follow one another in it.
+    file: Option<File>,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    populated: PageSet,
+    /// `Some` while tracking is on: written and not cleared since.
+    dirty_log: Option<PageSet>,
+    /// Written by devices and not collected since.
+    device_dirty: PageSet,
+    running: bool,
+    sections: Vec<Section>,
+    guard: Option<Arc<RunGuard>>,
+    /// How often each still fails.
+    failures: HashMap<Operation, usize>,
+    paused_by_operator: bool,
+    /// Whether this VM owns its disks.
+    owns_disks: bool,
+    /// Written when the state is taken, as KVM writes its clocks.
+    clock_page: Option<Gfn>,
+}
+
+impl Inner {
+    fn set_running(&mut self, running: bool) {
+        if let Some(guard) = &self.guard {
+            guard.change(self.running, running);
+        }
+        self.running = running;
+    }
+}
+
+impl SimulatedVm {
+    /// A running VM whose memory is all zeros and unpopulated, and which has no state.
+    ///
+    /// # Errors
+    /// [`VmError::Other`] when the host does not provide the memory.
+    pub fn new(layout: MemoryLayout) -> Result<Self, VmError> {
+        Self::build(layout, None)
+    }
+
+    /// As [`SimulatedVm::new`], on a memfd, as a real VMM has its memory: for measurements.
+    ///
+    /// # Errors
+    /// As [`SimulatedVm::new`].
+    pub fn on_memfd(layout: MemoryLayout) -> Result<Self, VmError> {
+        let os = |error| VmError::Os { what: "making a memfd".to_owned(), error };
+        let file = memfd_create("simulated-vm", MemfdFlags::CLOEXEC)
+            .map(File::from)
+            .map_err(|error| os(error.into()))?;
+        file.set_len(layout.total_pages() * PAGE_SIZE).map_err(os)?;
+        Self::build(layout, Some(file))
+    }
+
+    fn build(layout: MemoryLayout, file: Option<File>) -> Result<Self, VmError> {
+        let layout = Arc::new(layout);
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for range in layout.regions() {
+            let size = range.bytes() as usize;
+            let region = match &file {
+                Some(file) => file
+                    .try_clone()
+                    .map_err(|error| error.to_string())
+                    .map(|file| FileOffset::new(file, offset))
+                    .and_then(|at| MmapRegion::from_file(at, size).map_err(|e| e.to_string())),
+                None => MmapRegion::new(size).map_err(|error| error.to_string()),
+            };
+            regions.push(
+                region.map_err(|error| VmError::Other(format!("cannot map {range}: {error}")))?,
+            );
+            offset += range.bytes();
+        }
+        let inner = Inner {
+            populated: PageSet::empty(&layout),
+            dirty_log: None,
+            device_dirty: PageSet::empty(&layout),
+            running: true,
+            sections: Vec::new(),
+            guard: None,
+            failures: HashMap::new(),
+            paused_by_operator: false,
+            owns_disks: true,
+            clock_page: None,
+        };
+        Ok(Self { layout, regions, file, inner: Mutex::new(inner) })
+    }
+
+    /// Stores at the start of a page, as the guest does: the dirty log sees it.
+    ///
+    /// # Errors
+    /// [`VmError::Range`]. Bytes beyond the end of the page are left out.
+    pub fn guest_write(&self, gfn: Gfn, bytes: &[u8]) -> Result<(), VmError> {
+        let page = self.store(gfn, bytes)?;
+        let mut inner = self.inner();
+        inner.populated.insert(page)?;
+        if let Some(log) = &mut inner.dirty_log {
+            log.insert(page)?;
+        }
+        Ok(())
+    }
+
+    /// Stores at the start of a page, as a device does: the dirty log does not see it, the device
+    /// bitmap does.
+    ///
+    /// # Errors
+    /// As [`SimulatedVm::guest_write`].
+    pub fn device_write(&self, gfn: Gfn, bytes: &[u8]) -> Result<(), VmError> {
+        let page = self.store(gfn, bytes)?;
+        let mut inner = self.inner();
+        inner.populated.insert(page)?;
+        inner.device_dirty.insert(page)?;
+        Ok(())
+    }
+
+    /// As [`SimulatedVm::guest_write`], by a guest that may have been stopped: `false` then, and
+    /// nothing was written.
+    ///
+    /// # Errors
+    /// As [`SimulatedVm::guest_write`].
+    pub fn guest_write_if_running(&self, gfn: Gfn, bytes: &[u8]) -> Result<bool, VmError> {
+        // Held throughout, so that a pause waits for it.
+        let mut inner = self.inner();
+        if !inner.running {
+            return Ok(false);
+        }
+        let page = self.store(gfn, bytes)?;
+        inner.populated.insert(page)?;
+        if let Some(log) = &mut inner.dirty_log {
+            log.insert(page)?;
+        }
+        Ok(true)
+    }
+
+    /// From now on `guard` watches that no two of its VMs run at once.
+    pub fn watch(&self, guard: &Arc<RunGuard>) {
+        let mut inner = self.inner();
+        guard.change(false, inner.running);
+        inner.guard = Some(Arc::clone(guard));
+    }
+
+    /// The process of the VM dies: it runs no more.
+    pub fn kill(&self) {
+        self.inner().set_running(false);
+    }
+
+    /// The next `times` calls of an operation fail.
+    pub fn fail(&self, operation: Operation, times: usize) {
+        self.inner().failures.insert(operation, times);
+    }
+
+    /// An operator pauses the guest, or lets it go on.
+    pub fn operator_pause(&self, paused: bool) {
+        let mut inner = self.inner();
+        inner.paused_by_operator = paused;
+        inner.set_running(!paused);
+    }
+
+    /// Taking the state will write to this page.
+    pub fn set_clock_page(&self, gfn: Gfn) {
+        self.inner().clock_page = Some(gfn);
+    }
+
+    /// Whether writes are tracked.
+    pub fn is_tracking(&self) -> bool {
+        self.inner().dirty_log.is_some()
+    }
+
+    /// Whether this VM owns its disks.
+    pub fn owns_disks(&self) -> bool {
+        self.inner().owns_disks
+    }
+
+    /// As a VM is made for an incoming migration: paused, without its disks.
+    pub(crate) fn incoming(self) -> Self {
+        {
+            let mut inner = self.inner();
+            inner.set_running(false);
+            inner.owns_disks = false;
+        }
+        self
+    }
+
+    fn try_operation(&self, operation: Operation) -> Result<(), VmError> {
+        match self.inner().failures.get_mut(&operation) {
+            Some(times) if *times > 0 => {
+                *times -= 1;
+                Err(VmError::Other(format!("{operation:?} was made to fail")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The contents of a page.
+    ///
+    /// # Errors
+    /// [`VmError::Range`].
+    pub fn read_page(&self, gfn: Gfn) -> Result<[u8; PAGE_BYTES], VmError> {
+        let mut bytes = [0; PAGE_BYTES];
+        self.slice(PageRange::new(gfn, 1)?)?.copy_to(&mut bytes);
+        Ok(bytes)
+    }
+
+    /// Sets what [`VmState::save_sections`] gives.
+    pub fn set_sections(&self, sections: Vec<Section>) {
+        self.inner().sections = sections;
+    }
+
+    /// Whether the VM is not paused.
+    pub fn is_running(&self) -> bool {
+        self.inner().running
+    }
+
+    fn store(&self, gfn: Gfn, bytes: &[u8]) -> Result<PageRange, VmError> {
+        let page = PageRange::new(gfn, 1)?;
+        self.slice(page)?.copy_from(bytes);
+        Ok(page)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GuestMemory for SimulatedVm {
+    fn layout(&self) -> &Arc<MemoryLayout> {
+        &self.layout
+    }
+
+    fn slice(&self, range: PageRange) -> Result<VolatileSlice<'_>, VmError> {
+        for (region, mapping) in self.layout.regions().zip(&self.regions) {
+            if region.contains(range) {
+                let offset = range.gpa().0 - region.gpa().0;
+                return mapping
+                    .get_slice(offset as usize, range.bytes() as usize)
+                    .map_err(|error| VmError::Other(format!("no memory for {range}: {error}")));
+            }
+        }
+        Err(RangeError::Outside(range).into())
+    }
+
+    fn populated(&self) -> Result<PageSet, VmError> {
+        Ok(self.inner().populated.clone())
+    }
+}
+
+impl DirtySource for SimulatedVm {
+    fn start_tracking(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::StartTracking)?;
+        let mut inner = self.inner();
+        inner.dirty_log = Some(PageSet::full(&self.layout));
+        inner.device_dirty.clear();
+        Ok(())
+    }
+
+    fn stop_tracking(&self) -> Result<(), VmError> {
+        self.inner().dirty_log = None;
+        Ok(())
+    }
+
+    fn collect(&self, dirty: &mut PageSet) -> Result<(), VmError> {
+        self.try_operation(Operation::Collect)?;
+        let mut inner = self.inner();
+        let Some(log) = &inner.dirty_log else {
+            return Err(VmError::Other("dirty tracking is off: start it first".to_owned()));
+        };
+        dirty.union(log);
+        dirty.union(&inner.device_dirty);
+        inner.device_dirty.clear();
+        Ok(())
+    }
+
+    fn clear(&self, range: PageRange) -> Result<(), VmError> {
+        if let Some(log) = &mut self.inner().dirty_log {
+            log.remove(range)?;
+        }
+        Ok(())
+    }
+}
+
+impl VmControl for SimulatedVm {
+    fn pause(&self, _reason: PauseReason, _deadline: Instant) -> Result<(), VmError> {
+        self.try_operation(Operation::Pause)?;
+        self.inner().set_running(false);
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), VmError> {
+        self.inner().set_running(true);
+        Ok(())
+    }
+
+    fn paused_by_operator(&self) -> bool {
+        self.inner().paused_by_operator
+    }
+}
+
+impl VmState for SimulatedVm {
+    fn save_sections(&self) -> Result<Vec<Section>, VmError> {
+        self.try_operation(Operation::Save)?;
+        let (sections, clock_page) = {
+            let inner = self.inner();
+            (inner.sections.clone(), inner.clock_page)
+        };
+        if let Some(gfn) = clock_page {
+            let now = self.read_page(gfn)?[0].wrapping_add(1);
+            self.guest_write(gfn, &[now; 16])?;
+        }
+        Ok(sections)
+    }
+
+    fn load_sections(&self, sections: &[Section]) -> Result<(), VmError> {
+        self.try_operation(Operation::Load)?;
+        self.set_sections(sections.to_vec());
+        Ok(())
+    }
+}
+
+impl SourceVm for SimulatedVm {
+    fn flush_disks(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::Flush)
+    }
+
+    fn release_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::Release)?;
+        self.inner().owns_disks = false;
+        Ok(())
+    }
+
+    fn reclaim_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::Reclaim)?;
+        self.inner().owns_disks = true;
+        Ok(())
+    }
+}
+
+impl DestinationVm for SimulatedVm {
+    fn check_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::CheckOwnership)
+    }
+
+    fn take_ownership(&self) -> Result<(), VmError> {
+        self.try_operation(Operation::TakeOwnership)?;
+        self.inner().owns_disks = true;
+        Ok(())
+    }
+
+    fn start(&self, run: bool) -> Result<(), VmError> {
+        self.try_operation(Operation::Start)?;
+        let mut inner = self.inner();
+        inner.paused_by_operator = !run;
+        inner.set_running(run);
+        Ok(())
+    }
+}
+
+impl Drop for SimulatedVm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl DestinationMemory for SimulatedVm {
+    fn populate_ahead(&self, range: PageRange) -> Result<(), VmError> {
+        if self.file.is_some() {
+            populate(&self.slice(range)?, true)
+                .map_err(|error| VmError::Os { what: format!("populating {range}"), error })?;
+        }
+        self.inner().populated.insert(range)?;
+        Ok(())
+    }
+
+    fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
+        let slice = self.slice(range)?;
+        match &self.file {
+            Some(file) => {
+                let offset = self.layout.index_range(range)?.start * PAGE_SIZE;
+                file.write_all_at(data, offset)
+                    .and_then(|()| populate(&slice, false))
+                    .map_err(|error| VmError::Os { what: format!("filling {range}"), error })?;
+            }
+            None => slice.copy_from(data),
+        }
+        self.inner().populated.insert(range)?;
+        Ok(())
+    }
+
+    fn zero(&self, range: PageRange) -> Result<(), VmError> {
+        let slice = self.slice(range)?;
+        let zeros = [0u8; PAGE_BYTES];
+        for page in 0..range.pages() as usize {
+            slice
+                .subslice(page * PAGE_BYTES, PAGE_BYTES)
+                .map_err(|error| VmError::Other(format!("no memory for {range}: {error}")))?
+                .copy_from(&zeros);
+        }
+        self.inner().populated.remove(range)?;
+        Ok(())
+    }
+
+    fn place_page(&self, gfn: Gfn, data: &[u8; PAGE_BYTES]) -> Result<Placed, VmError> {
+        let page = PageRange::new(gfn, 1)?;
+        let mut inner = self.inner();
+        if inner.populated.contains(page) {
+            return Ok(Placed::Already);
+        }
+        self.store(gfn, data)?;
+        inner.populated.insert(page)?;
+        Ok(Placed::Now)
+    }
+}

@@ -1,0 +1,158 @@
+//! From the first connection until the destination has made the VM.
+
+use std::sync::{mpsc, Arc};
+use std::time::{Duration, Instant};
+
+use crate::handover::{Cause, SourceEvent};
+use crate::link::MainLink;
+use crate::snapshot::{write_blob, Stop};
+use crate::source::engine::{unexpected, Engine, Failure, SenderHandle};
+use crate::source::peer::{read_main, Message};
+use crate::source::sender::Sender;
+use crate::stream::session::{Hello, Join, Joined, OfferWire, ROLE_PAGES};
+use crate::stream::{encode_layout, RecordReader, RecordType, RecordWriter, StreamKind};
+use crate::transport::{Stream, Transport};
+
+impl Engine<'_, '_, '_> {
+    /// Connects, offers, waits for the answer.
+    pub(super) fn offer(&mut self) -> Result<SourceEvent, Failure> {
+        let around = &self.around;
+        let (options, id) = (around.options, around.control.id());
+        let timing = options.timing;
+        let address = around.connector.address();
+        let entry = around.journal.begin_source(id, &self.offering.name, &address);
+        self.entry = Some(entry.map_err(|error| Failure::new(Cause::Failed, error.to_string()))?);
+        let transport = self.connect()?;
+        let link = Arc::new(MainLink::open(Arc::clone(&transport))?);
+        self.link = Some(Arc::clone(&link));
+        let inbox = self.sender.clone();
+        let offered = options.connections;
+        self.spawn("mig-main-in", move || read_main(id, offered, transport, &inbox))?;
+        self.send_offer(&link)?;
+        self.spawn("mig-alive", move || link.keep_alive(timing.alive))?;
+        match self.wait_for_message(timing.accept, "answer the offer")? {
+            Message::Accept { token, connections } => {
+                if let Some(entry) = &mut self.entry {
+                    entry
+                        .set_token(&token)
+                        .map_err(|error| Failure::new(Cause::Failed, error.to_string()))?;
+                }
+                self.token = Some(token);
+                self.connections = connections;
+                Ok(SourceEvent::Accepted)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn send_offer(&self, link: &MainLink) -> Result<(), Failure> {
+        let around = &self.around;
+        let options = around.options;
+        let populated_pages = around.vm.populated()?.count();
+        let offering = &self.offering;
+        link.write(|out| -> Result<(), Failure> {
+            out.send(&Hello {
+                id: around.control.id().0,
+                program: env!("CARGO_PKG_VERSION"),
+                features: 0,
+            })?;
+            for (record_type, payload) in [
+                (RecordType::Machine, offering.machine.encode()),
+                (RecordType::Config, offering.config.encode()),
+                (RecordType::Layout, encode_layout(around.vm.layout())),
+            ] {
+                let payload = payload.map_err(|problem| out.error(problem))?;
+                out.write(record_type, &[&payload])?;
+            }
+            out.send(&OfferWire {
+                name: &offering.name,
+                mode: options.mode as u16,
+                connections: options.connections,
+                verify: options.verify,
+                downtime_us: crate::report::as_micros(options.downtime),
+                populated_pages,
+                alive_ms: millis(options.timing.alive),
+                dead_ms: millis(options.timing.dead),
+                resources_version: offering.resources.version,
+                resources: &offering.resources.data,
+                blobs: offering.blobs.iter().map(|b| (b.kind as u16, b.length)).collect(),
+            })?;
+            Ok(())
+        })
+    }
+
+    /// Joins the page connections, sends the blobs, waits until the VM is made.
+    pub(super) fn prepare(&mut self) -> Result<SourceEvent, Failure> {
+        for index in 0..self.connections {
+            if let Err(failure) = self.join(index) {
+                return Err(self.explained(failure));
+            }
+        }
+        let link = Arc::clone(self.link()?);
+        for blob in std::mem::take(&mut self.offering.blobs) {
+            let sent = link.write(|out| write_blob(out, blob));
+            if let Err(stop) = sent {
+                let failure = match stop {
+                    Stop::Stream(error) => error.into(),
+                    Stop::Other(error) => Failure::new(Cause::Failed, error.to_string()),
+                };
+                return Err(self.explained(failure));
+            }
+        }
+        match self.wait_for_message(self.around.options.timing.ready, "make the VM")? {
+            Message::Ready { load } => {
+                self.expected_load = load;
+                Ok(SourceEvent::Ready)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn connect(&self) -> Result<Arc<dyn Transport>, Failure> {
+        let timing = &self.around.options.timing;
+        let connector = self.around.connector;
+        connector
+            .connect(timing.connect)
+            .and_then(|transport| {
+                // The peer speaks at least every `alive`, so silence is death.
+                transport.set_timeouts(Some(timing.dead), Some(timing.dead))?;
+                Ok(transport)
+            })
+            .map_err(|error| {
+                let address = connector.address();
+                Failure::new(Cause::Lost, format!("cannot connect to {address}: {error}"))
+            })
+    }
+
+    fn join(&mut self, index: u16) -> Result<(), Failure> {
+        let Some(token) = &self.token else {
+            return Err(Failure::new(Cause::Failed, "no token"));
+        };
+        let transport = self.connect()?;
+        let mut writer = RecordWriter::new(Stream(Arc::clone(&transport)), StreamKind::Pages)?;
+        let started = Instant::now();
+        let id = self.around.control.id().0;
+        writer.send(&Join { id, role: ROLE_PAGES, index, token: token.bytes() })?;
+        let mut answers = RecordReader::new(Stream(Arc::clone(&transport)), StreamKind::Pages)?;
+        let joined: Joined = answers.next_record()?.decode("JOINED")?;
+        if joined.index != index {
+            return Err(Failure::new(Cause::Protocol, "another page connection was joined"));
+        }
+        let round_trip = started.elapsed();
+        if index == 0 || round_trip < self.round_trip {
+            self.round_trip = round_trip;
+        }
+        let (passes, work) = mpsc::channel();
+        let inbox = self.sender.clone();
+        let shared = Arc::clone(&self.shared);
+        let sender = Sender::new(self.around.vm, shared, index, self.connections, writer);
+        self.spawn(&format!("mig-send-{index}"), move || sender.run(&work, &inbox))?;
+        self.senders.push(SenderHandle { passes, transport });
+        self.connection_bytes.push(0);
+        Ok(())
+    }
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}

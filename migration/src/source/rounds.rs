@@ -1,0 +1,153 @@
+//! Copying memory while the guest runs.
+
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::address::PAGE_SIZE;
+use crate::handover::{Cause, SourceEvent};
+use crate::page_set::PageSet;
+use crate::report::RoundReport;
+use crate::snapshot::write_runs;
+use crate::source::engine::{Engine, Failure};
+use crate::source::predict::{Measured, Next, OnStall, Predictor};
+use crate::source::sender::Pass;
+use crate::stream::RecordType;
+use crate::vm::{Mode, SourceVm, VmError};
+
+/// What a pause costs besides what is measured: kicking vCPUs, waking threads.
+const PAUSE_OVERHEAD: Duration = Duration::from_micros(500);
+/// A disk flush that took longer is followed by another round.
+const SHORT_FLUSH: Duration = Duration::from_millis(1);
+
+impl Engine<'_, '_, '_> {
+    /// Rounds until the rest is small enough.
+    pub(super) fn copy(&mut self) -> Result<SourceEvent, Failure> {
+        if self.around.options.mode == Mode::Cold {
+            self.around.vm.flush_disks()?;
+            return Ok(SourceEvent::Converged);
+        }
+        let fixed = self.fixed_cost();
+        let mut predictor = Predictor::new(self.around.options.limits, fixed);
+        let mut pages = self.begin()?;
+        let used_bytes = pages.count() * PAGE_SIZE;
+        let mut flushed = false;
+        let mut before = u64::MAX;
+        loop {
+            let number = u32::try_from(self.rounds.len()).unwrap_or(u32::MAX);
+            let started = Instant::now();
+            let pass = Pass { number, pages: Arc::new(pages), live: true, last: false };
+            let stats = self.pass(&pass)?;
+            let busy = started.elapsed().saturating_sub(stats.waited);
+            let dirty = self.collect()?;
+            let duration = started.elapsed();
+            predictor.sample(stats.bytes, busy);
+            let remaining = dirty.count();
+            let predicted_pause = predictor.pause(remaining);
+            self.rounds.push(RoundReport {
+                number,
+                data_pages: stats.data_pages,
+                zero_pages: stats.zero_pages,
+                bytes: stats.bytes,
+                dirty_pages: remaining,
+                dirty_pages_per_second: remaining as f64 / duration.as_secs_f64().max(1e-6),
+                duration,
+                predicted_pause,
+            });
+            let measured = Measured {
+                rounds: number.saturating_add(1),
+                remaining,
+                before,
+                bytes: self.shared.bytes.load(Ordering::Relaxed),
+                used_bytes,
+            };
+            before = remaining;
+            let next = predictor.decide(&measured, self.downtime());
+            if next == Next::Stall && self.around.options.on_stall == OnStall::Cancel {
+                let reason = format!(
+                    "it does not converge: after {} rounds {remaining} pages are left, \
+                     a pause of {predicted_pause:?}",
+                    measured.rounds
+                );
+                return Err(Failure::new(Cause::NotConverging, reason));
+            }
+            self.tell(None);
+            pages = dirty;
+            if next == Next::Round {
+                continue;
+            }
+            if !flushed {
+                flushed = true;
+                let started = Instant::now();
+                self.around.vm.flush_disks()?;
+                if started.elapsed() > SHORT_FLUSH && next == Next::Pause {
+                    continue;
+                }
+            }
+            self.pending = Some(pages);
+            self.predictor = Some(predictor);
+            return Ok(SourceEvent::Converged);
+        }
+    }
+
+    fn downtime(&self) -> Duration {
+        let changed = self.around.control.state().downtime;
+        changed.unwrap_or(self.around.options.downtime)
+    }
+
+    /// What the pause costs without any page; an estimate.
+    fn fixed_cost(&self) -> Duration {
+        let vm = self.around.vm;
+        // Last pages, LOADED, COMMIT each cross the network once: one round trip and a half.
+        PAUSE_OVERHEAD + vm.expected_save() + self.expected_load + self.round_trip * 3 / 2
+    }
+
+    /// Finds out what round 0 sends. Tracking is on, and everything counts as dirty.
+    ///
+    /// The log is cleared for what has no memory, and only then is asked again what has: a page
+    /// that is touched in between is found populated, one that is touched after that is dirty.
+    fn begin(&mut self) -> Result<PageSet, Failure> {
+        let vm = self.around.vm;
+        let mut absent = PageSet::full(vm.layout());
+        absent.minus(&vm.populated()?);
+        for run in absent.runs() {
+            vm.clear(run)?;
+        }
+        let populated = vm.populated()?;
+        self.announce(&populated)?;
+        self.known = Some(populated.clone());
+        Ok(populated)
+    }
+
+    /// Tells the destination what round 0 will look at.
+    pub(super) fn announce(&mut self, pages: &PageSet) -> Result<(), Failure> {
+        self.skipped_pages = pages.layout().total_pages() - pages.count();
+        let sent = self.link()?.write(|out| write_runs(out, RecordType::Announce, pages));
+        sent.map_err(|error| self.explained(error.into()))
+    }
+
+    /// What was written since it was last cleared, without pages that never had memory: some logs
+    /// report more than was written, and to look at those would give them memory.
+    pub(super) fn collect(&mut self) -> Result<PageSet, Failure> {
+        let vm = self.around.vm;
+        let mut dirty = PageSet::empty(vm.layout());
+        vm.collect(&mut dirty)?;
+        let Some(known) = &mut self.known else { return Ok(dirty) };
+        let mut fresh = dirty.clone();
+        fresh.minus(known);
+        if !fresh.is_empty() {
+            clear_all(vm, &fresh)?;
+            known.union(&vm.populated()?);
+            fresh.minus(known);
+            dirty.minus(&fresh);
+        }
+        Ok(dirty)
+    }
+}
+
+fn clear_all(vm: &dyn SourceVm, pages: &PageSet) -> Result<(), VmError> {
+    for run in pages.runs() {
+        vm.clear(run)?;
+    }
+    Ok(())
+}

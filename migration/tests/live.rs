@@ -1,0 +1,8 @@
+//! Live migrations of a simulated VM, over connections inside this process.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod live {
+    pub mod common;
+    mod failures;
+    mod moves;
+}

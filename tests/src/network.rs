@@ -1,0 +1,65 @@
+//! Network namespaces of tests: taps that nobody else sees, gone with the thread that made them.
+#![allow(unsafe_code)]
+
+use std::process::Command;
+
+use rustix::thread::{unshare_unsafe, UnshareFlags};
+
+use crate::suite::Need;
+
+/// Address of the host's side of a [`tap`].
+pub const HOST_ADDRESS: &str = "10.0.0.1";
+/// Address that a guest takes, with the length of the prefix.
+pub const GUEST_ADDRESS: &str = "10.0.0.2/24";
+
+/// Network namespaces and taps may be made.
+pub fn networks() -> Need {
+    in_private_network(|| tap("tap0"))?
+}
+
+/// Runs `work` on a thread whose sockets, and whose child processes, are in a network namespace of
+/// their own. It ends with the last of them.
+///
+/// # Errors
+/// No namespace could be made.
+///
+/// # Panics
+/// As `work` does.
+pub fn in_private_network<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R, String> {
+    let inside = || {
+        // SAFETY: only unsharing the table of descriptors is dangerous, and it stays shared.
+        let unshared = unsafe { unshare_unsafe(UnshareFlags::NEWNET) };
+        unshared.map_err(|error| format!("needs network namespaces: {error}"))?;
+        ip(&["link", "set", "lo", "up"])?;
+        Ok(work())
+    };
+    std::thread::scope(|scope| match scope.spawn(inside).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+/// Makes a tap that is up and can do offloads. The first one has [`HOST_ADDRESS`].
+///
+/// # Errors
+/// `ip` is not there, or says no.
+pub fn tap(name: &str) -> Result<(), String> {
+    ip(&["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"])?;
+    // Fails for all but the first.
+    let _ = ip(&["address", "add", &format!("{HOST_ADDRESS}/24"), "dev", name]);
+    ip(&["link", "set", name, "up"])
+}
+
+/// The command `ip` in the namespace of this thread.
+///
+/// # Errors
+/// It is not there, or says no.
+pub fn ip(arguments: &[&str]) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments).output();
+    let output = output.map_err(|error| format!("needs `ip` (package iproute2): {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(format!("ip {}: {}", arguments.join(" "), said.trim()))
+}

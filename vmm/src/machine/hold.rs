@@ -1,0 +1,138 @@
+//! The machine at both ends of a migration: held by the engine and given away; made for a VM that
+//! comes, and started.
+
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration::{DestinationVm, Section, SourceVm, VmError};
+use serde_json::json;
+
+use super::{lock, Machine, MachineError};
+use crate::control::VmStatus;
+
+/// How long a request of the guest is waited for before looking again.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+impl Machine {
+    /// Stops the guest for the engine, until [`Machine::release`] or for good. An operator's pause
+    /// and resume meanwhile only change what release does. A request of the guest (reset, power-off)
+    /// that is on its way is waited for: it is in this process only.
+    pub(super) fn hold(&self, deadline: Instant) -> Result<(), MachineError> {
+        loop {
+            let life = lock(&self.life);
+            if self.held.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let was_running = self.status() == VmStatus::Running;
+            self.pause_held(deadline)?;
+            if !self.context.requested.load(Ordering::SeqCst) {
+                self.operator_paused.store(!was_running, Ordering::Release);
+                self.held.store(true, Ordering::Release);
+                return Ok(());
+            }
+            if was_running {
+                // The gate stays closed until the request was served.
+                self.resume_held()?;
+            }
+            drop(life);
+            if Instant::now() >= deadline {
+                return Err(MachineError::Busy);
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// Ends [`Machine::hold`]: the guest goes on, unless an operator wants it paused.
+    pub fn release(&self) -> Result<(), MachineError> {
+        let _life = lock(&self.life);
+        if !self.held.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if !self.operator_paused.load(Ordering::Acquire) {
+            self.resume_held()?;
+        }
+        self.held.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether the engine holds the guest.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// Whether an operator wants the held guest paused.
+    #[must_use]
+    pub fn operator_paused(&self) -> bool {
+        self.operator_paused.load(Ordering::Acquire)
+    }
+
+    /// Notes an operator's wish about a guest that the engine holds. False when it does not.
+    pub(super) fn wish(&self, paused: bool) -> bool {
+        let held = self.is_held();
+        if held {
+            self.operator_paused.store(paused, Ordering::Release);
+            self.events.push("wish", json!({ "paused": paused }));
+        }
+        held
+    }
+
+    /// What changes the machine cannot be done while its state may be on its way already.
+    pub(super) fn check_not_held(&self) -> Result<(), MachineError> {
+        match self.is_held() {
+            true => Err(MachineError::Held),
+            false => Ok(()),
+        }
+    }
+
+    /// The first device that cannot be migrated, and why.
+    #[must_use]
+    pub fn migration_blocker(&self) -> Option<String> {
+        self.virtio.migration_blocker()
+    }
+}
+
+impl SourceVm for Machine {
+    fn flush_disks(&self) -> Result<(), VmError> {
+        for file in self.virtio.files_to_flush() {
+            file.sync_data().map_err(|error| VmError::Os {
+                what: "flushing the cache of a disk".to_owned(),
+                error,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn release_ownership(&self) -> Result<(), VmError> {
+        self.virtio.release_disks().map_err(|error| VmError::Other(error.to_string()))
+    }
+
+    fn reclaim_ownership(&self) -> Result<(), VmError> {
+        self.virtio.take_disks().map_err(|error| VmError::Other(error.to_string()))
+    }
+}
+
+impl DestinationVm for Machine {
+    fn load_state(&self, sections: &[Section], paused: Instant) -> Result<(), VmError> {
+        Machine::load_sections(self, sections, Some(paused.elapsed()))
+            .map_err(|error| VmError::Other(error.to_string()))
+    }
+
+    fn take_ownership(&self) -> Result<(), VmError> {
+        self.reclaim_ownership()
+    }
+
+    fn start(&self, run: bool) -> Result<(), VmError> {
+        self.set_created();
+        if run {
+            Machine::resume(self).map_err(|error| VmError::Other(error.to_string()))?;
+        }
+        // Switches learn from it where the guest is now.
+        let silent = self.virtio.announce();
+        if !silent.is_empty() {
+            tracing::debug!(cards = silent.len(), "the guest does not announce its cards");
+        }
+        Ok(())
+    }
+}

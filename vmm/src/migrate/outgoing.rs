@@ -1,0 +1,293 @@
+//! Migrating the VM of this process away.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use migration::handover::SourcePhase;
+use migration::identity::MigrationId;
+use migration::report::{Outcome, Progress, Report};
+use migration::source::{migrate_to, Limits, Offering, SourceControl, SourceOptions};
+use migration::transport::TcpConnector;
+use serde_json::{json, Value};
+
+use super::resources::ResourcesV1;
+use super::Records;
+use crate::control::{ControlError, MigrateRequest, MigrateSettings, MigrationMode};
+use crate::machine::Machine;
+use crate::snapshot::{self, MediaReaders};
+use crate::vcpu::GuestRequest;
+
+/// How long to wait before looking at a migration again that is about to be decided.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// What became of a migration when its VM was to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The VM is this process's to end.
+    Ours,
+    /// The destination has it.
+    HandedOver,
+    /// Nobody knows who has it.
+    Unresolved,
+}
+
+/// The migrations of a VM away from here, one at a time.
+pub struct Outgoing {
+    machine: Arc<Machine>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    running: Option<Running>,
+    last: Option<Value>,
+}
+
+struct Running {
+    id: MigrationId,
+    control: SourceControl,
+    to: String,
+}
+
+impl Outgoing {
+    /// None yet.
+    #[must_use]
+    pub fn new(machine: Arc<Machine>) -> Arc<Self> {
+        Arc::new(Self { machine, state: Mutex::default(), changed: Condvar::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a migration and gives its id.
+    ///
+    /// # Errors
+    /// Another one is under way, or the VM or the host cannot.
+    pub fn start(self: &Arc<Self>, request: &MigrateRequest) -> Result<MigrationId, ControlError> {
+        let options = options(request)?;
+        let failed = |error: &dyn std::fmt::Display| ControlError::Failed(error.to_string());
+        if let Some(why) = self.machine.migration_blocker() {
+            return Err(ControlError::Conflict(format!("the VM cannot be migrated: {why}")));
+        }
+        let journal = super::journal().map_err(|error| failed(&error))?;
+        let records = Records::open().map_err(|error| failed(&error))?;
+        let mut state = self.lock();
+        if let Some(running) = &state.running {
+            let message = format!("it is being migrated to {} already", running.to);
+            return Err(ControlError::Conflict(message));
+        }
+        let id = MigrationId::random().map_err(|error| failed(&error))?;
+        let control = SourceControl::new(id);
+        let started = thread::Builder::new().name("migration".to_owned()).spawn({
+            let (outgoing, control, to) = (Arc::clone(self), control.clone(), request.to.clone());
+            move || {
+                let report = outgoing.migrate(&journal, &options, &control, &to);
+                outgoing.finish(&records, &report);
+            }
+        });
+        // It is over only after this lock was given up.
+        started.map_err(|error| failed(&error))?;
+        state.running = Some(Running { id, control, to: request.to.clone() });
+        Ok(id)
+    }
+
+    fn migrate(
+        &self,
+        journal: &migration::journal::Journal,
+        options: &SourceOptions,
+        control: &SourceControl,
+        to: &str,
+    ) -> Result<Report, String> {
+        let machine = &*self.machine;
+        let (record, config) = snapshot::records(machine).map_err(|error| error.to_string())?;
+        let resources = ResourcesV1::of(machine.config())?;
+        let resources = resources.encode().map_err(|error| error.to_string())?;
+        let mut media = MediaReaders::new(machine.media());
+        let offering = Offering {
+            name: machine.config().name.clone(),
+            machine: record,
+            config,
+            resources,
+            blobs: media.blobs(),
+        };
+        let told = Mutex::new((None, None));
+        let progress = |progress: &Progress| {
+            let now = (Some(progress.phase), progress.round);
+            let before =
+                std::mem::replace(&mut *told.lock().unwrap_or_else(PoisonError::into_inner), now);
+            if before != now {
+                machine.events().push("migration", json!(progress));
+            }
+        };
+        let connector = TcpConnector::new(to);
+        machine
+            .events()
+            .push("migration-began", json!({ "id": control.id().to_string(), "to": to }));
+        Ok(migrate_to(machine, offering, &connector, journal, options, control, &progress))
+    }
+
+    fn finish(&self, records: &Records, result: &Result<Report, String>) {
+        let machine = &*self.machine;
+        let mut state = self.lock();
+        let (value, outcome) = match result {
+            Ok(report) => (json!(report), Some(&report.outcome)),
+            Err(reason) => {
+                let (id, to) = state
+                    .running
+                    .as_ref()
+                    .map(|running| (running.id.to_string(), running.to.clone()))
+                    .unwrap_or_default();
+                let vm = &machine.config().name;
+                let value = json!({ "id": id, "vm": vm, "peer": to, "verdict": "running-here",
+                    "cause": "failed", "reasons": [reason] });
+                (value, None)
+            }
+        };
+        records.keep("outgoing", &value);
+        match outcome {
+            Some(Outcome::HandedOver) => {
+                machine.events().push("migrated", value.clone());
+                machine.request(GuestRequest::HandedOver);
+            }
+            Some(Outcome::Unresolved { .. }) => {
+                machine.events().push("migration-unresolved", value.clone());
+            }
+            Some(Outcome::RunningHere { .. }) | None => {
+                if let Err(error) = machine.release() {
+                    tracing::error!(%error, "the guest stays paused");
+                }
+                machine.events().push("migration-failed", value.clone());
+            }
+        }
+        state.last = Some(value);
+        state.running = None;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the migration `id` is over and gives its report.
+    #[must_use]
+    pub fn wait(&self, id: MigrationId) -> Value {
+        let mut state = self.lock();
+        while state.running.as_ref().is_some_and(|running| running.id == id) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.last.clone().unwrap_or_default()
+    }
+
+    fn control(&self) -> Option<SourceControl> {
+        self.lock().running.as_ref().map(|running| running.control.clone())
+    }
+
+    /// How far the migration is that is under way.
+    #[must_use]
+    pub fn phase(&self) -> Option<SourcePhase> {
+        self.control().map(|control| control.phase())
+    }
+
+    /// The migration that is under way, and the report of the last one.
+    #[must_use]
+    pub fn status(&self) -> (Value, Value) {
+        let state = self.lock();
+        let current = state.running.as_ref().map(|running| {
+            json!({
+                "id": running.id.to_string(),
+                "direction": "outgoing",
+                "peer": running.to,
+                "phase": running.control.phase(),
+                "progress": running.control.progress(),
+            })
+        });
+        (current.unwrap_or_default(), state.last.clone().unwrap_or_default())
+    }
+
+    fn current(&self) -> Result<SourceControl, ControlError> {
+        let none = || ControlError::Conflict("no migration of this VM is under way".to_owned());
+        self.control().ok_or_else(none)
+    }
+
+    /// Gives the migration up.
+    ///
+    /// # Errors
+    /// There is none, or it is too late.
+    pub fn cancel(&self) -> Result<(), ControlError> {
+        match self.current()?.cancel() {
+            true => Ok(()),
+            false => Err(ControlError::Conflict(
+                "too late: the VM is being handed over; its verdict will tell".to_owned(),
+            )),
+        }
+    }
+
+    /// Changes a migration that is under way.
+    ///
+    /// # Errors
+    /// There is none, or a setting is not possible.
+    pub fn set(&self, settings: &MigrateSettings) -> Result<(), ControlError> {
+        let control = self.current()?;
+        if let Some(bandwidth) = settings.bandwidth {
+            control.set_bandwidth((bandwidth > 0).then_some(bandwidth));
+        }
+        if let Some(downtime) = settings.downtime_us {
+            control.set_downtime(Duration::from_micros(downtime));
+        }
+        Ok(())
+    }
+
+    /// The VM is about to end, by its guest or an operator: a migration is given up, or waited for
+    /// where it is too late for that.
+    #[must_use]
+    pub fn end(&self) -> Ended {
+        while let Some(control) = self.control() {
+            if !control.guest_ended() && control.phase() == SourcePhase::Unresolved {
+                control.detach();
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
+        let last = self.lock().last.clone().unwrap_or_default();
+        match last["verdict"].as_str() {
+            Some("handed-over") => Ended::HandedOver,
+            Some("unresolved") => Ended::Unresolved,
+            _ => Ended::Ours,
+        }
+    }
+}
+
+fn options(request: &MigrateRequest) -> Result<SourceOptions, ControlError> {
+    let bad = |message: String| Err(ControlError::BadRequest(message));
+    let limits = Limits::default();
+    let options = SourceOptions {
+        mode: match request.mode {
+            MigrationMode::Precopy => migration::Mode::Precopy,
+            MigrationMode::Cold => migration::Mode::Cold,
+        },
+        connections: request.connections.unwrap_or(1),
+        verify: request.verify,
+        downtime: request
+            .downtime_us
+            .map_or(SourceOptions::default().downtime, Duration::from_micros),
+        limits: Limits {
+            rounds: request.max_rounds.unwrap_or(limits.rounds),
+            bytes_factor: request.max_bytes_factor.unwrap_or(limits.bytes_factor),
+            dirty_pages: request.dirty_pages.unwrap_or(limits.dirty_pages),
+            time: request.timeout_ms.map(Duration::from_millis),
+        },
+        on_stall: request.on_stall.unwrap_or_default(),
+        bandwidth: request.bandwidth.filter(|bandwidth| *bandwidth > 0),
+        ..SourceOptions::default()
+    };
+    if !(1..=64).contains(&options.connections) {
+        return bad(format!("{} connections are not possible: use 1 to 64", options.connections));
+    }
+    if !options.limits.bytes_factor.is_finite() || options.limits.bytes_factor < 1.0 {
+        return bad("max_bytes_factor is a multiple of memory: use 1 or more".to_owned());
+    }
+    let port = request.to.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+    if port.is_none() {
+        return bad(format!("{:?} is no destination: write HOST:PORT", request.to));
+    }
+    Ok(options)
+}
