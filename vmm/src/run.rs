@@ -301,7 +301,7 @@ pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
 
 /// The life of a VM that came from elsewhere.
 fn arrived(
-    mut vm: Assembled,
+    mut vm: Box<Assembled>,
     api: api::ApiHandle,
     door: &FrontDoor,
     stage: &Stage,
@@ -314,7 +314,7 @@ fn arrived(
     let end = thread::scope(|scope| {
         // Whoever lost the acknowledgement asks what became of the VM.
         let answers = scope.spawn(|| door.answer(&is_over));
-        let Assembled { name, machine, requests, .. } = &mut vm;
+        let Assembled { name, machine, requests, .. } = &mut *vm;
         scope.spawn(|| take_name_over(name, &handle, &is_over));
         let end = wait_for_end(machine, &handle, requests, machine.config().on_reboot);
         over.store(true, Ordering::Release);

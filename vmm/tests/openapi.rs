@@ -11,7 +11,10 @@ use vmm::api::{
 use vmm::config::{
     BalloonConfig, HostLimits, RunOptions, VmConfig, MAX_CMDLINE, MAX_CPUS, MIN_MEMORY,
 };
-use vmm::control::{DeviceStats, SaveReport, UnmappedStats, VcpuStats, VmInfo, VmStats, VmStatus};
+use vmm::control::{
+    DeviceStats, MigrateRequest, MigrationInfo, SaveReport, UnmappedStats, VcpuStats, VmInfo,
+    VmStats, VmStatus,
+};
 use vmm::events::{Event, EVENTS_KEPT};
 
 const YAML: &str = include_str!("../../docs/openapi.yaml");
@@ -111,6 +114,21 @@ fn the_fields_are_the_same() {
     same_fields("StatusReply", StatusReply { status }, &[]);
     let request = SaveRequest { path: "/".into(), then_stop: false };
     same_fields("SaveRequest", request, &["then_stop"]);
+    let optional = [
+        "mode",
+        "downtime_us",
+        "timeout_ms",
+        "on_stall",
+        "connections",
+        "bandwidth",
+        "verify",
+        "max_rounds",
+        "max_bytes_factor",
+        "dirty_pages",
+        "detach",
+    ];
+    same_fields("MigrateRequest", MigrateRequest::default(), &optional);
+    same_fields("MigrationInfo", MigrationInfo::default(), &[]);
     same_fields("BalloonRequest", BalloonRequest { target_bytes: 0 }, &[]);
     same_fields("LinkRequest", LinkRequest { card: String::new(), up: true }, &[]);
     same_fields("ConsoleSizeRequest", ConsoleSizeRequest { columns: 1, rows: 1 }, &[]);
@@ -120,8 +138,8 @@ fn the_fields_are_the_same() {
 
 #[test]
 fn the_numbers_and_words_are_the_same() {
-    use VmStatus::{Crashed, Creating, Paused, Running, Stopped};
-    let statuses = [Creating, Running, Paused, Stopped, Crashed];
+    use VmStatus::{Crashed, Creating, Incoming, Paused, Running, Stopped, Unresolved};
+    let statuses = [Creating, Running, Paused, Incoming, Unresolved, Stopped, Crashed];
     assert_eq!(json!(list(line_of("VmStatus", "enum"))), json!(statuses));
     let limits = vmm::api::Limits::default();
     let text = YAML.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -85,7 +85,7 @@ fn end_waiting(control: &DestinationControl) {
 /// What became of an incoming migration.
 pub enum Received {
     /// The VM is here, served by this API.
-    Here(Assembled, ApiHandle),
+    Here(Box<Assembled>, ApiHandle),
     /// It is not, for these reasons.
     Not(Vec<String>),
     /// Nobody knows.
@@ -152,7 +152,7 @@ impl FrontDoor {
                 })?;
                 vm.machine.events().push("arrived", value.clone());
                 vm.handle.end_arrival(value);
-                return Ok(Received::Here(vm, api));
+                return Ok(Received::Here(Box::new(vm), api));
             }
             Arrival::NotHere { reasons, .. } => Received::Not(reasons),
             Arrival::Unresolved { reasons } => Received::Unresolved(reasons),

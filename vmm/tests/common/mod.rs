@@ -6,9 +6,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use serde_json::Value;
 use vmm::api::{serve_with, ApiHandle, Limits};
 use vmm::config::{HostLimits, RunOptions, VmConfig};
-use vmm::control::{Control, ControlError, SaveReport, VmInfo, VmStats, VmStatus};
+use vmm::control::{
+    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, SaveReport, VmInfo,
+    VmStats, VmStatus,
+};
 use vmm::events::EventLog;
 use vmm::runtime_dir::listen;
 use vmm_sys_util::tempdir::TempDir;
@@ -164,6 +168,26 @@ impl Control for FakeVm {
     fn resize_console(&self, columns: u16, rows: u16) -> Result<(), ControlError> {
         self.note(format!("console-size {columns} {rows}"));
         Ok(())
+    }
+
+    fn migrate(&self, request: &MigrateRequest) -> Result<Value, ControlError> {
+        self.note(format!("migrate {} {:?}", request.to, request.mode));
+        Ok(serde_json::json!({ "id": "1", "vm": self.config.name, "verdict": "running-here",
+            "cause": "refused", "reasons": ["no room"] }))
+    }
+
+    fn migration(&self) -> MigrationInfo {
+        MigrationInfo::default()
+    }
+
+    fn set_migration(&self, settings: &MigrateSettings) -> Result<(), ControlError> {
+        self.note(format!("migrate-set {:?} {:?}", settings.bandwidth, settings.downtime_us));
+        Ok(())
+    }
+
+    fn cancel_migration(&self) -> Result<(), ControlError> {
+        self.note("migrate-cancel");
+        Err(ControlError::Conflict("no migration of this VM is under way".into()))
     }
 
     fn events(&self) -> &EventLog {
