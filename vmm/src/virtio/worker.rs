@@ -67,7 +67,7 @@ impl Worker {
         let (ending, ended) = mpsc::channel::<()>();
         let name: String = name.chars().take(MAX_NAME).collect();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            run(&events, &*control, &kicks, backend);
+            run(events, &*control, &kicks, backend);
             // Tells `stop` by being dropped.
             drop(ending);
         })?;
@@ -123,8 +123,8 @@ impl Events {
 
     /// Never waits for the backend again. To wait for nothing of it is not enough once it is gone:
     /// errors and hang-ups are reported unasked, over and over.
-    fn forget_backend(&self) {
-        let Some(fd) = self.backend else { return };
+    fn forget_backend(&mut self) {
+        let Some(fd) = self.backend.take() else { return };
         if let Err(error) = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()) {
             tracing::error!(%error, "epoll_ctl of a device's backend");
         }
@@ -141,7 +141,12 @@ impl Events {
     }
 }
 
-fn run(events: &Events, control: &dyn VirtioControl, kicks: &Kicks, mut backend: Option<Backend>) {
+fn run(
+    mut events: Events,
+    control: &dyn VirtioControl,
+    kicks: &Kicks,
+    mut backend: Option<Backend>,
+) {
     let mut ready = [EpollEvent::default(); 8];
     let mut watching = true;
     loop {
@@ -162,7 +167,6 @@ fn run(events: &Events, control: &dyn VirtioControl, kicks: &Kicks, mut backend:
                         // A tap that was deleted, for one.
                         tracing::warn!(device = control.name(), "the backend is gone");
                         events.forget_backend();
-                        backend = None;
                     } else if !watching {
                         events.watch_backend(false);
                     }
@@ -255,8 +259,10 @@ mod tests {
     }
 
     /// A backend that takes a byte at a time and tells of each call; `more` is what it answers.
-    fn bytes(more: bool) -> (Backend, UnixStream, Receiver<Option<u8>>) {
+    fn bytes(more: bool) -> (Backend, [UnixStream; 2], Receiver<Option<u8>>) {
         let (near, far) = UnixStream::pair().unwrap();
+        // As with a card: its backend is open in the device as well.
+        let of_device = near.try_clone().unwrap();
         let (sender, taken) = mpsc::channel();
         let mut source = near.try_clone().unwrap();
         source.set_nonblocking(true).unwrap();
@@ -266,7 +272,7 @@ mod tests {
             sender.send(read.map(|_| byte[0])).unwrap();
             more
         };
-        (Backend { fd: near.into(), queue: 1, ready: Box::new(ready) }, far, taken)
+        (Backend { fd: near.into(), queue: 1, ready: Box::new(ready) }, [far, of_device], taken)
     }
 
     #[test]
@@ -281,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_backend_that_was_given_up_is_waited_for_after_a_notification_of_its_queue() {
-        let (backend, mut far, taken) = bytes(false);
+        let (backend, [mut far, _of_device], taken) = bytes(false);
         let running = Running::start(Some(backend));
         far.write_all(b"ab").unwrap();
         assert_eq!(taken.recv_timeout(PATIENCE).unwrap(), Some(b'a'));
@@ -294,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_backend_that_has_more_is_called_again() {
-        let (backend, mut far, taken) = bytes(true);
+        let (backend, [mut far, _of_device], taken) = bytes(true);
         let _running = Running::start(Some(backend));
         far.write_all(b"abc").unwrap();
         for byte in *b"abc" {
@@ -305,7 +311,7 @@ mod tests {
     #[test]
     fn a_backend_that_is_gone_is_forgotten_and_the_queues_are_not() {
         for more in [true, false] {
-            let (backend, far, taken) = bytes(more);
+            let (backend, [far, _of_device], taken) = bytes(more);
             let running = Running::start(Some(backend));
             drop(far);
             assert_eq!(taken.recv_timeout(PATIENCE).unwrap(), None);
