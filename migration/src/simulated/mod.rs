@@ -23,7 +23,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use rustix::fs::{memfd_create, MemfdFlags};
+use rustix::fs::{memfd_create, seek, MemfdFlags, SeekFrom};
+use rustix::io::Errno;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
@@ -313,6 +314,10 @@ impl SimulatedVm {
     }
 }
 
+fn seek_error(error: Errno) -> VmError {
+    VmError::Os { what: "looking for populated pages".to_owned(), error: error.into() }
+}
+
 impl GuestMemory for SimulatedVm {
     fn layout(&self) -> &Arc<MemoryLayout> {
         &self.layout
@@ -331,7 +336,25 @@ impl GuestMemory for SimulatedVm {
     }
 
     fn populated(&self) -> Result<PageSet, VmError> {
-        Ok(self.inner().populated.clone())
+        let Some(file) = &self.file else { return Ok(self.inner().populated.clone()) };
+        // What was read straight into guest memory nobody has noted.
+        let mut populated = PageSet::empty(&self.layout);
+        let end = self.layout.total_pages() * PAGE_SIZE;
+        let mut at = 0;
+        while at < end {
+            let start = match seek(file, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                Err(Errno::NXIO) => break,
+                Err(error) => return Err(seek_error(error)),
+            };
+            at = seek(file, SeekFrom::Hole(start)).map_err(seek_error)?;
+            let (mut first, last) = (start / PAGE_SIZE, at.div_ceil(PAGE_SIZE));
+            while let Some(range) = self.layout.range_from(first, last) {
+                populated.insert(range)?;
+                first += range.pages();
+            }
+        }
+        Ok(populated)
     }
 }
 

@@ -21,6 +21,8 @@ mod predict;
 mod resolve;
 mod rounds;
 mod sender;
+#[cfg(test)]
+mod tests;
 
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
