@@ -5,6 +5,7 @@ use std::time::Instant;
 use ::tests::bench::{Guest, Result, Tools, Wiring};
 use serde_json::Value;
 
+use crate::sample;
 use crate::subject::{Incoming, Moved, Told};
 
 /// The pause that it may make.
@@ -58,6 +59,13 @@ fn told(report: Value) -> Told {
         first_pass: Option::zip(first["bytes"].as_f64(), first["duration_us"].as_f64())
             .filter(|(_, micros)| *micros > 0.0)
             .map(|(bytes, micros)| rate(bytes, micros)),
+        pause: sample::PAUSE
+            .iter()
+            .filter_map(|part| {
+                let name = part.key.strip_prefix("pause_")?.replace("_ms", "_us");
+                Some((*part, ms(&report["pause"][name])?))
+            })
+            .collect(),
         all: report,
     }
 }
@@ -71,7 +79,7 @@ mod tests {
     fn its_report_is_understood() {
         let told = told(json!({
             "total_us": 250_000,
-            "pause": { "total_us": 2500 },
+            "pause": { "total_us": 2500, "stop_us": 100, "destination_own_us": 1 },
             "connection_bytes": [1000, 500],
             "rounds": [{ "bytes": 1400, "duration_us": 200_000 }, {}],
         }));
@@ -80,6 +88,8 @@ mod tests {
         assert_eq!(told.bytes, Some(1500.0));
         assert_eq!(told.rounds, Some(3.0));
         assert_eq!(told.first_pass, Some(7000.0));
+        let parts: Vec<_> = told.pause.iter().map(|(part, ms)| (part.key, *ms)).collect();
+        assert_eq!(parts, [("pause_stop_ms", 0.1), ("pause_destination_own_ms", 0.001)]);
     }
 
     #[test]
