@@ -1,8 +1,8 @@
 //! minivmm's command line and report; all that depends on them is here.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use ::tests::bench::{Guest, Result, Tools, Wiring};
+use ::tests::bench::{Guest, Result, Tools, Wiring, LIMIT};
 use serde_json::Value;
 
 use crate::sample;
@@ -44,6 +44,21 @@ pub fn migrate(tools: &Tools, name: &str, to: &str, connections: u8) -> Result<M
     // Progress may come before it.
     let report = values.into_iter().rfind(|value| value["total_us"].is_number());
     Ok(Moved { outside, told: told(report.ok_or("minivmm migrate reports nothing")?) })
+}
+
+/// Waits until the guest's process has its name from the source, which is on this host and is over:
+/// so that the guest can be migrated again.
+pub fn has_name(tools: &Tools, name: &str, guest: &Guest) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let info = tools.minivmm_json(&["info", name]);
+        let info = info.map(|values| values.into_iter().next().unwrap_or_default());
+        match info {
+            Ok(info) if info["pid"] == guest.pid() && info["status"] == "running" => return Ok(()),
+            _ if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            info => return Err(format!("{name} did not come to be here: {info:?}").into()),
+        }
+    }
 }
 
 fn told(report: Value) -> Told {
