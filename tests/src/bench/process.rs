@@ -407,6 +407,18 @@ impl Guest {
         number.ok_or_else(|| format!("{path} has no {field}").into())
     }
 
+    /// Waits until the process has ended by itself.
+    pub fn wait_for_end(mut self) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            if self.ended()? {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Err("a process does not end that has nothing left to do".into())
+    }
+
     /// Ends the process and waits until it, and so its memory, is gone.
     pub fn end(mut self) -> Result<()> {
         self.process.kill()?;
