@@ -130,6 +130,7 @@ impl Tools {
     pub fn minivmm_command(&self) -> Command {
         let mut command = Command::new(&self.minivmm);
         command.env("MINIVMM_RUNTIME_DIR", &self.runtime);
+        command.env("MINIVMM_STATE_DIR", self.runtime.join("state"));
         command
     }
 
