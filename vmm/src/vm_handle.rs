@@ -69,7 +69,14 @@ impl VmHandle {
         *lock(&self.incoming) = Some(incoming);
     }
 
-    /// The VM is this process's.
+    /// The migration that brings the VM here, while the VM is not this process's. The source hears
+    /// that it is, and may tell others, before the migration is over here.
+    fn arriving(&self) -> Option<Incoming> {
+        let incoming = lock(&self.incoming).clone();
+        incoming.filter(|incoming| incoming.control.phase() != Some(DestinationPhase::Running))
+    }
+
+    /// The migration that brought the VM here is over.
     pub fn end_arrival(&self, report: Value) {
         *lock(&self.arrival) = report;
         *lock(&self.incoming) = None;
@@ -93,7 +100,7 @@ impl VmHandle {
 
     /// Refuses what only the owner of the VM may do.
     fn check_here(&self) -> Result<(), ControlError> {
-        if let Some(incoming) = &*lock(&self.incoming) {
+        if let Some(incoming) = self.arriving() {
             let message = format!(
                 "the VM is being moved here from {} and not this host's yet",
                 incoming.peer
@@ -111,7 +118,7 @@ impl VmHandle {
     }
 
     fn status(&self) -> VmStatus {
-        if let Some(incoming) = &*lock(&self.incoming) {
+        if let Some(incoming) = self.arriving() {
             return match incoming.control.phase() {
                 Some(DestinationPhase::Unresolved) => VmStatus::Unresolved,
                 _ => VmStatus::Incoming,
@@ -187,7 +194,7 @@ impl Control for VmHandle {
     }
 
     fn kill(&self) -> Result<(), ControlError> {
-        if let Some(incoming) = &*lock(&self.incoming) {
+        if let Some(incoming) = self.arriving() {
             incoming.control.cancel();
             return Ok(());
         }
@@ -246,7 +253,7 @@ impl Control for VmHandle {
     }
 
     fn migration(&self) -> MigrationInfo {
-        if let Some(Incoming { control, id, peer }) = &*lock(&self.incoming) {
+        if let Some(Incoming { control, id, peer }) = self.arriving() {
             let current = json!({
                 "id": id,
                 "direction": "incoming",
@@ -266,7 +273,7 @@ impl Control for VmHandle {
     }
 
     fn cancel_migration(&self) -> Result<(), ControlError> {
-        if let Some(incoming) = &*lock(&self.incoming) {
+        if let Some(incoming) = self.arriving() {
             incoming.control.cancel();
             return Ok(());
         }
