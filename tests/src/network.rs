@@ -5,17 +5,10 @@ use std::process::Command;
 
 use rustix::thread::{unshare_unsafe, UnshareFlags};
 
-use crate::suite::Need;
-
 /// Address of the host's side of a [`tap`].
 pub const HOST_ADDRESS: &str = "10.0.0.1";
 /// Address that a guest takes, with the length of the prefix.
 pub const GUEST_ADDRESS: &str = "10.0.0.2/24";
-
-/// Network namespaces and taps may be made.
-pub fn networks() -> Need {
-    in_private_network(|| tap("tap0"))?
-}
 
 /// Runs `work` on a thread whose sockets, and whose child processes, are in a network namespace of
 /// their own. It ends with the last of them.
