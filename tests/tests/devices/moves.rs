@@ -4,10 +4,13 @@ use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
 
 use serde_json::Value;
-use tests::network::{in_private_network, tap, GUEST_ADDRESS, HOST_ADDRESS};
-use tests::{add, number, Host, Need, Suite, Vm};
+use tests::network::{bridge, in_private_network, GUEST_ADDRESS, HOST_ADDRESS};
+use tests::{add, number, Host, Need, Suite, Vm, PATIENCE};
 
 use super::{connect, disk, run};
+
+/// The ports of the switch that the VM moves between.
+const TAPS: [&str; 2] = ["tap0", "tap1"];
 
 /// How often a VM is carried from process to process.
 const MOVES: u64 = 10;
@@ -27,6 +30,8 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         traffic_survives_10_moves_with_1_vcpu,
         traffic_survives_10_moves_with_2_vcpus,
         traffic_survives_10_moves_without_interrupts,
+        traffic_survives_10_live_migrations_with_1_vcpu,
+        traffic_survives_10_live_migrations_with_2_vcpus,
         traffic_survives_pauses,
         a_reset_under_load_begins_anew,
     );
@@ -43,7 +48,7 @@ struct Busy {
 
 impl Busy {
     fn start(notify: &str, cpus: &str) -> Self {
-        tap("tap0").unwrap();
+        bridge(&TAPS).unwrap();
         let service = UdpSocket::bind((HOST_ADDRESS, 0)).unwrap();
         let port = service.local_addr().unwrap().port();
         // Ends with the program, since nobody waits for it.
@@ -91,10 +96,31 @@ impl Busy {
         report
     }
 
+    /// A report of the guest when its balloon is done.
+    fn at_rest(&mut self) -> Value {
+        self.vm.report_with("a balloon at rest", |field| {
+            field("balloon_wanted") == field("balloon_actual")
+        })
+    }
+
+    /// Migrates the VM to another port of the switch; the guest's last report before that.
+    fn is_migrated(&mut self, tap: &str) -> Value {
+        let (next, address) = self.host.receive(&["--net", &format!("net={tap}")]);
+        let before = self.at_rest();
+        let report = self.host.json(&["migrate", "vm", "--to", &address, "--verify"]);
+        assert_eq!(report["verdict"], "handed-over", "{report}");
+        std::mem::replace(&mut self.vm, next).ends_well();
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while self.host.json(&["list"])[0]["name"] != "vm" {
+            assert!(std::time::Instant::now() < deadline, "it has not taken its name");
+        }
+        before
+    }
+
     /// Saves the VM and goes on with it in another process; the guest's last report before that.
     fn is_moved(&mut self) -> Value {
         let file = self.host.file("vm.snapshot");
-        let before = self.vm.report();
+        let before = self.at_rest();
         self.host.ok(&["save", "vm", &file, "--stop"]);
         let head = self.vm.ends_well().stdout;
         self.vm = self.host.restore_within(&head, &file, &[]);
@@ -102,18 +128,24 @@ impl Busy {
     }
 }
 
-fn survives_moves(notify: &'static str, cpus: &'static str) {
+/// Moves a busy VM [`MOVES`] times by `moved`, which is given the number of the move.
+fn survives(notify: &'static str, cpus: &'static str, moved: fn(&mut Busy, u64) -> Value) {
     let test = || {
         let mut busy = Busy::start(notify, cpus);
         let mut report = busy.at_work();
         for moves in 1..=MOVES {
-            let before = busy.is_moved();
-            busy.goes_on_after(&before);
+            let before = moved(&mut busy, moves);
+            let after = busy.goes_on_after(&before);
+            if notify == "irq" {
+                // It has nothing to say by itself: this is the notification after a restore.
+                let interrupts = |report| number(report, "balloon_irqs");
+                assert!(interrupts(&after) > interrupts(&before), "{before}, then {after}");
+            }
             // In and out of the balloon on the way.
             let size = if moves % 2 == 0 { "0" } else { "8M" };
             busy.host.ok(&["balloon", "vm", size]);
             busy.vm.console.event("balloon-done");
-            report = busy.goes_on_after(&before);
+            report = busy.goes_on_after(&after);
             assert_eq!(number(&report, "switches"), moves, "{report}");
         }
         busy.vm.verify();
@@ -127,16 +159,36 @@ fn survives_moves(notify: &'static str, cpus: &'static str) {
     in_private_network(test).unwrap();
 }
 
+fn survives_saves(notify: &'static str, cpus: &'static str) {
+    survives(notify, cpus, |busy, _| busy.is_moved());
+}
+
+fn survives_migrations(cpus: &'static str) {
+    survives("irq", cpus, |busy, moves| {
+        let report = busy.is_migrated(TAPS[moves as usize % 2]);
+        busy.vm.report_with("an announcement", |field| field("net_announces_acked") >= moves);
+        report
+    });
+}
+
+fn traffic_survives_10_live_migrations_with_1_vcpu() {
+    survives_migrations("1");
+}
+
+fn traffic_survives_10_live_migrations_with_2_vcpus() {
+    survives_migrations("2");
+}
+
 fn traffic_survives_10_moves_with_1_vcpu() {
-    survives_moves("irq", "1");
+    survives_saves("irq", "1");
 }
 
 fn traffic_survives_10_moves_with_2_vcpus() {
-    survives_moves("irq", "2");
+    survives_saves("irq", "2");
 }
 
 fn traffic_survives_10_moves_without_interrupts() {
-    survives_moves("poll", "1");
+    survives_saves("poll", "1");
 }
 
 fn traffic_survives_pauses() {
