@@ -11,7 +11,7 @@ help:
 	@echo 'make smoke  real Linux guests, on hardware virtualization or in an emulated machine (the lab)'
 	@echo 'make lab    a shell in that machine, with minivmm; CMD=... runs a command there'
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
-	@echo 'make bench-migration   live migration beside QEMU, with the targets; about half an hour'
+	@echo 'make bench-migration   live migration beside QEMU, with targets, half an hour; ARGS=--quick for a look'
 	@echo 'make fuzz   the fuzz targets of the virtio devices, FUZZ_SECONDS (60) each; needs cargo-fuzz'
 	@echo 'make build  the release binary, target/release/minivmm'
 

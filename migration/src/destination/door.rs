@@ -215,7 +215,7 @@ impl Door {
         }
         let transport = Arc::clone(transport);
         // Fails when the session has just ended, and closes the connection.
-        let _ = inbox.send(Input::Joined { index: join.index, records, transport });
+        let _ = inbox.send(Input::Joined { index: join.index, records, out, transport });
         Ok(())
     }
 

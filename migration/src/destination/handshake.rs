@@ -105,9 +105,9 @@ impl Session<'_, '_, '_> {
             }
             match self.next_or_end(deadline)? {
                 Some(Input::Blobs(all)) => blobs = Some(all),
-                Some(Input::Joined { index, records, transport }) => {
+                Some(Input::Joined { index, records, out, transport }) => {
                     self.page_transports.push(transport);
-                    self.joined.push(Joined { index, records });
+                    self.joined.push(Joined { index, records, out });
                 }
                 Some(_) => {}
                 None => {
@@ -125,9 +125,9 @@ impl Session<'_, '_, '_> {
             vm.zero(run)?;
         }
         let first_touch = self.around.options.first_touch.unwrap_or_else(|| vm.first_touch());
-        for Joined { index, records } in std::mem::take(&mut self.joined) {
+        for Joined { index, records, out } in std::mem::take(&mut self.joined) {
             let (vm, pages) = (Arc::clone(&vm), Arc::clone(&self.pages));
-            let receiver = Receiver { index, vm, records, first_touch, pages };
+            let receiver = Receiver { index, vm, records, out, first_touch, pages };
             let inbox = self.sender.clone();
             self.spawn(&format!("mig-recv-{index}"), move || receiver.run(&inbox))?;
         }

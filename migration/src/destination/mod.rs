@@ -32,7 +32,7 @@ use crate::handover::{Cause, DestinationPhase, Owner};
 use crate::journal::Journal;
 use crate::link::Timing;
 use crate::snapshot::Blob;
-use crate::stream::RecordReader;
+use crate::stream::{RecordReader, RecordWriter};
 use crate::transport::{Listener, Stream, Transport};
 use crate::vm::{DestinationHost, FirstTouch, Offer, Section};
 
@@ -203,16 +203,33 @@ impl Stage {
 
 /// What comes to the session's inbox. The order of what comes from the main connection was checked.
 enum Input {
-    Offer { offer: Box<Offer>, transport: Arc<dyn Transport>, stage: Arc<Stage> },
+    Offer {
+        offer: Box<Offer>,
+        transport: Arc<dyn Transport>,
+        stage: Arc<Stage>,
+    },
     Blobs(Vec<Blob>),
     Announced(Vec<PageRange>),
-    State { sections: Vec<Section>, hashes: Option<Vec<u64>>, paused: Instant },
-    Commit { run: bool },
+    State {
+        sections: Vec<Section>,
+        hashes: Option<Vec<u64>>,
+        paused: Instant,
+    },
+    Commit {
+        run: bool,
+    },
     Done,
     Aborted(String),
     Lost(Cause, String),
-    Joined { index: u16, records: RecordReader<Stream>, transport: Arc<dyn Transport> },
-    Synced { stats: ReceiverStats },
+    Joined {
+        index: u16,
+        records: RecordReader<Stream>,
+        out: RecordWriter<Stream>,
+        transport: Arc<dyn Transport>,
+    },
+    Synced {
+        stats: ReceiverStats,
+    },
     Cancel,
     Resolved(Owner),
     Detach,

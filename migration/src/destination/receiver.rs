@@ -7,9 +7,10 @@ use crate::address::{PageRange, PAGE_BYTES};
 use crate::destination::Input;
 use crate::handover::Cause;
 use crate::page_set::PageSet;
-use crate::stream::session::{Round, Sync};
+use crate::stream::session::{Echo, Round, Sync};
 use crate::stream::{
-    decode_runs, Problem, RecordHeader, RecordReader, RecordType, StreamError, MAX_PAGES_PER_RECORD,
+    decode_runs, Problem, RecordHeader, RecordReader, RecordType, RecordWriter, StreamError,
+    MAX_PAGES_PER_RECORD,
 };
 use crate::transport::Stream;
 use crate::vm::{DestinationVm, FirstTouch};
@@ -28,6 +29,7 @@ pub(super) struct Receiver {
     pub(super) index: u16,
     pub(super) vm: Arc<dyn DestinationVm>,
     pub(super) records: RecordReader<Stream>,
+    pub(super) out: RecordWriter<Stream>,
     pub(super) first_touch: FirstTouch,
     pub(super) pages: PageCount,
 }
@@ -40,7 +42,7 @@ impl Receiver {
             Ok(stats) => Input::Synced { stats },
             Err(error) => {
                 let cause = match error.problem {
-                    Problem::Read(_) | Problem::Truncated => Cause::Lost,
+                    Problem::Read(_) | Problem::Write(_) | Problem::Truncated => Cause::Lost,
                     Problem::Vm(_) => Cause::Failed,
                     _ => Cause::Protocol,
                 };
@@ -89,6 +91,11 @@ impl Receiver {
                     }
                     round += 1;
                 }
+                RecordType::Echo if round > 0 => {
+                    let record = self.records.read_record(record_type, &header)?;
+                    let echo: Echo = record.decode("ECHO")?;
+                    self.out.send(&echo)?;
+                }
                 RecordType::Sync if round > 0 => {
                     let record = self.records.read_record(record_type, &header)?;
                     let sync: Sync = record.decode("SYNC")?;
@@ -100,7 +107,7 @@ impl Receiver {
                     return Ok(stats);
                 }
                 found => {
-                    let expected = "ROUND, then PAGES, ZERO, ROUND or SYNC";
+                    let expected = "ROUND, then PAGES, ZERO, ECHO, ROUND or SYNC";
                     return Err(self.records.error(Problem::Unexpected { found, expected }));
                 }
             }

@@ -20,7 +20,7 @@ use crate::journal::{DestinationEntry, Journal, JournalError};
 use crate::link::MainLink;
 use crate::report::as_micros;
 use crate::stream::session::{Loaded, Resumed};
-use crate::stream::{RecordReader, StreamError};
+use crate::stream::{RecordReader, RecordWriter, StreamError};
 use crate::transport::{Stream, Transport};
 use crate::verify::{first_difference, hash_memory};
 use crate::vm::{DestinationHost, DestinationVm, Offer, Section, VmError};
@@ -116,6 +116,7 @@ impl From<io::Error> for Failure {
 pub(super) struct Joined {
     pub(super) index: u16,
     pub(super) records: RecordReader<Stream>,
+    pub(super) out: RecordWriter<Stream>,
 }
 
 pub(super) struct Session<'scope, 'env, 'door> {

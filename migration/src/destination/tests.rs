@@ -15,8 +15,8 @@ use crate::layout::MemoryLayout;
 use crate::simulated::{LocalNetwork, SimulatedHost};
 use crate::source::ask_verdict;
 use crate::stream::session::{
-    Abort, Accept, Alive, Commit, Complete, Done, Hello, Join, Joined, Loaded, OfferWire, Ready,
-    Resumed, Round, Sync, ROLE_PAGES,
+    Abort, Accept, Alive, Commit, Complete, Done, Echo, Hello, Join, Joined, Loaded, OfferWire,
+    Ready, Resumed, Round, Sync, ROLE_PAGES,
 };
 use crate::stream::{
     encode_layout, encode_runs, encode_section, Config, Machine, RecordType, RecordWriter,
@@ -509,6 +509,7 @@ fn this_version_writes_the_golden_migration() {
         let runs = [(2, 2), (256, 1)].map(|(gfn, n)| PageRange::new(Gfn(gfn), n).unwrap());
         out.write_live_pages(&vm, &runs).unwrap();
         out.write(RecordType::Zero, &[&table(&[(5, 1)])]).unwrap();
+        out.send(&Echo { number: 0 }).unwrap();
         out.send(&Round { number: 1 }).unwrap();
         out.write(RecordType::Zero, &[&table(&[(3, 1)])]).unwrap();
         out.send(&Sync { pages: 5 }).unwrap();

@@ -142,10 +142,16 @@ impl Engine<'_, '_, '_> {
         if index == 0 || round_trip < self.round_trip {
             self.round_trip = round_trip;
         }
+        // How long the destination takes for a round is its own affair; whether it lives shows on
+        // the main connection.
+        let dead = self.around.options.timing.dead;
+        transport.set_timeouts(None, Some(dead)).map_err(|error| {
+            Failure::new(Cause::Failed, format!("page connection {index}: {error}"))
+        })?;
         let (passes, work) = mpsc::channel();
         let inbox = self.sender.clone();
         let shared = Arc::clone(&self.shared);
-        let sender = Sender::new(self.around.vm, shared, index, self.connections, writer);
+        let sender = Sender::new(self.around.vm, shared, index, self.connections, writer, answers);
         self.spawn(&format!("mig-send-{index}"), move || sender.run(&work, &inbox))?;
         self.senders.push(SenderHandle { passes, transport });
         self.connection_bytes.push(0);

@@ -13,9 +13,9 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::source::pacer::Pacer;
 use crate::source::Input;
-use crate::stream::session::{Round, Sync};
+use crate::stream::session::{Echo, Round, Sync};
 use crate::stream::{
-    encode_runs, Problem, RecordType, RecordWriter, StreamError, MAX_PAGES_PER_RECORD,
+    encode_runs, Problem, RecordReader, RecordType, RecordWriter, StreamError, MAX_PAGES_PER_RECORD,
 };
 use crate::transport::Stream;
 use crate::vm::{SourceVm, VmError};
@@ -87,6 +87,7 @@ pub(crate) struct Sender<'a> {
     pub(crate) index: u16,
     pub(crate) connections: u16,
     writer: RecordWriter<Stream>,
+    answers: RecordReader<Stream>,
     runs: Vec<PageRange>,
     run_pages: u64,
     zero_runs: Vec<PageRange>,
@@ -103,6 +104,7 @@ impl<'a> Sender<'a> {
         index: u16,
         connections: u16,
         writer: RecordWriter<Stream>,
+        answers: RecordReader<Stream>,
     ) -> Self {
         Self {
             vm,
@@ -110,6 +112,7 @@ impl<'a> Sender<'a> {
             index,
             connections,
             writer,
+            answers,
             runs: Vec::new(),
             run_pages: 0,
             zero_runs: Vec::new(),
@@ -157,11 +160,28 @@ impl<'a> Sender<'a> {
         self.flush_pages()?;
         self.flush_zeros()?;
         self.total_pages += self.stats.data_pages + self.stats.zero_pages;
+        if pass.live {
+            self.await_echo(pass.number)?;
+        }
         if pass.last {
             self.writer.send(&Sync { pages: self.total_pages })?;
         }
         self.stats.bytes = self.writer.bytes() - before;
         Ok(self.stats)
+    }
+
+    /// Waits until all that was sent is in the destination's memory. Megabytes of it may be in the
+    /// sockets' buffers, and must not be waited for in the pause.
+    fn await_echo(&mut self, number: u32) -> Result<(), SendError> {
+        self.writer.send(&Echo { number })?;
+        let record = self.answers.next_record()?;
+        let echo: Echo = record.decode("ECHO")?;
+        if echo.number != number {
+            let what = format!("round {}, expected {number}", echo.number);
+            let record_type = record.record_type;
+            return Err(record.error(Problem::Malformed { record_type, what }).into());
+        }
+        Ok(())
     }
 
     /// Sends the pages of `chunk` whose bits are set in `words`.

@@ -127,6 +127,8 @@ pub enum RecordType {
     Round = 0x0014,
     /// No page follows on this connection.
     Sync = 0x0015,
+    /// Everything before it has arrived; the receiver sends it back.
+    Echo = 0x0017,
     /// Hashes of memory.
     Hash = 0x0016,
     /// The state of one part of the machine.
@@ -154,7 +156,7 @@ pub enum RecordType {
 }
 
 impl RecordType {
-    const ALL: [RecordType; 29] = [
+    const ALL: [RecordType; 30] = [
         RecordType::Machine,
         RecordType::Config,
         RecordType::Blob,
@@ -172,6 +174,7 @@ impl RecordType {
         RecordType::Announce,
         RecordType::Round,
         RecordType::Sync,
+        RecordType::Echo,
         RecordType::Hash,
         RecordType::State,
         RecordType::Complete,
@@ -212,6 +215,7 @@ impl RecordType {
             | RecordType::Joined
             | RecordType::Round
             | RecordType::Sync
+            | RecordType::Echo
             | RecordType::Complete
             | RecordType::Loaded
             | RecordType::Commit

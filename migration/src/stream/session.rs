@@ -77,6 +77,9 @@ payloads! {
     Round = Round {
         number: u32,
     }
+    Echo = Echo {
+        number: u32,
+    }
     Sync = Sync {
         pages: u64,
     }

@@ -130,6 +130,7 @@ impl Tools {
     pub fn minivmm_command(&self) -> Command {
         let mut command = Command::new(&self.minivmm);
         command.env("MINIVMM_RUNTIME_DIR", &self.runtime);
+        command.env("MINIVMM_STATE_DIR", self.runtime.join("state"));
         command
     }
 
@@ -405,6 +406,18 @@ impl Guest {
         let line = status.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
         let number = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
         number.ok_or_else(|| format!("{path} has no {field}").into())
+    }
+
+    /// Waits until the process has ended by itself.
+    pub fn wait_for_end(mut self) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            if self.ended()? {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Err("a process does not end that has nothing left to do".into())
     }
 
     /// Ends the process and waits until it, and so its memory, is gone.

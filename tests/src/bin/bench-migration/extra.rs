@@ -8,7 +8,7 @@ use crate::run::{self, NAME};
 use crate::sample::{Quantity, Runs, Sample, SWITCH_GAP, TOTAL, WIRE};
 use crate::subject::{Cell, Subject, RAM_MIB};
 use crate::verdict::Verdict;
-use crate::Bench;
+use crate::{minivmm, Bench};
 
 /// Total time with much RAM, beside that with little, both with as much in use.
 const IDLE_RATIO: f64 = 1.5;
@@ -37,6 +37,7 @@ pub fn idle_verdicts(samples: &[Sample], [much, little]: [Cell; 2]) -> Vec<Verdi
             target: Option::zip(of(little, quantity), limit).map(|(figure, limit)| figure * limit),
             at_least: false,
             digits: quantity.digits,
+            disturbed: [much, little].iter().any(|c| Runs::of(samples, *c, subject).noisy()),
         };
         if of(much, TOTAL).is_some() {
             verdicts.push(verdict(TOTAL, "total, s", Some(IDLE_RATIO)));
@@ -82,7 +83,12 @@ fn chain(bench: &Bench, growth: &mut Growth, moves: usize) -> Result<()> {
         let mut incoming = subject.receive(&bench.tools, &format!("hop{hop}"), &setup)?;
         subject.migrate(&bench.tools, &mut guest, NAME, &incoming.address)?;
         incoming.arrived(subject)?;
-        guest.end()?;
+        if subject.is_minivmm() {
+            guest.wait_for_end()?;
+            minivmm::has_name(&bench.tools, NAME, &incoming.guest)?;
+        } else {
+            guest.end()?;
+        }
         guest = incoming.guest;
         growth.overhead_mib.push(overhead_mib(&guest)?);
     }
@@ -117,6 +123,7 @@ impl Growth {
             target: early.filter(|_| self.subject.is_minivmm()).map(|figure| figure + GROWTH_MIB),
             at_least: false,
             digits: 2,
+            disturbed: false,
         }
     }
 }

@@ -204,17 +204,18 @@ fn bench(options: &Options, arguments: &[String]) -> Result<bool> {
     let mut progress = Progress { begin: Instant::now(), done: 0.0, all };
     eprintln!("{}", progress.left());
     let mut results = Results::default();
+    let columns = [&sample::COLUMNS[..], &sample::PAUSE].concat();
     for turns in plan.cells.iter().filter(|turns| !turns.is_empty()) {
         let load = measure(&bench, options, turns, &mut progress, &mut results);
         let cell = turns[0].0;
-        println!("{}", table::cell(&results.samples, cell, &sample::COLUMNS, &load));
+        println!("{}", table::cell(&results.samples, cell, &columns, &load));
         results.verdicts.extend(verdict::of_cell(&results.samples, cell));
     }
     if !plan.idle.is_empty() {
         let load = measure(&bench, options, &plan.idle, &mut progress, &mut results);
         let cells = extra::idle_cells(options.quick);
         for cell in cells {
-            println!("{}", table::cell(&results.samples, cell, &sample::COLUMNS, &load));
+            println!("{}", table::cell(&results.samples, cell, &columns, &load));
         }
         results.verdicts.extend(extra::idle_verdicts(&results.samples, cells));
     }
@@ -363,7 +364,7 @@ fn conclude(
 fn notes(bench: &Bench, options: &Options, qemu: &str, took: Duration) -> Result<String> {
     let mut text = format!(
         "Medians (minimum to maximum) of {} runs after a warm-up, in turn; {qemu}, pre-copy with a limit of {} ms.\n\
-         switch gap: by the guest's TSC. other gap: the largest other one in the window, which ends at the same time for all. \
+         switch gap: by the guest's TSC. other gap: the largest other one in the window, which is as long for all, and longer only for a migration that takes longer. \
          total: from the order (making the process `minivmm migrate`; QMP `migrate`) until the source has let go (the end of that process; \
          QMP event `completed`). told: what the VMM says itself. \
          guest runs there: from the order until the guest's first turn at the destination. \

@@ -1,10 +1,11 @@
 //! minivmm's command line and report; all that depends on them is here.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use ::tests::bench::{Guest, Result, Tools, Wiring};
+use ::tests::bench::{Guest, Result, Tools, Wiring, LIMIT};
 use serde_json::Value;
 
+use crate::sample;
 use crate::subject::{Incoming, Moved, Told};
 
 /// The pause that it may make.
@@ -45,6 +46,21 @@ pub fn migrate(tools: &Tools, name: &str, to: &str, connections: u8) -> Result<M
     Ok(Moved { outside, told: told(report.ok_or("minivmm migrate reports nothing")?) })
 }
 
+/// Waits until the guest's process has its name from the source, which is on this host and is over:
+/// so that the guest can be migrated again.
+pub fn has_name(tools: &Tools, name: &str, guest: &Guest) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let info = tools.minivmm_json(&["info", name]);
+        let info = info.map(|values| values.into_iter().next().unwrap_or_default());
+        match info {
+            Ok(info) if info["pid"] == guest.pid() && info["status"] == "running" => return Ok(()),
+            _ if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            info => return Err(format!("{name} did not come to be here: {info:?}").into()),
+        }
+    }
+}
+
 fn told(report: Value) -> Told {
     let ms = |value: &Value| value.as_f64().map(|micros| micros / 1e3);
     let sum = |values: &Vec<Value>| values.iter().filter_map(Value::as_f64).sum();
@@ -58,6 +74,13 @@ fn told(report: Value) -> Told {
         first_pass: Option::zip(first["bytes"].as_f64(), first["duration_us"].as_f64())
             .filter(|(_, micros)| *micros > 0.0)
             .map(|(bytes, micros)| rate(bytes, micros)),
+        pause: sample::PAUSE
+            .iter()
+            .filter_map(|part| {
+                let name = part.key.strip_prefix("pause_")?.replace("_ms", "_us");
+                Some((*part, ms(&report["pause"][name])?))
+            })
+            .collect(),
         all: report,
     }
 }
@@ -71,7 +94,7 @@ mod tests {
     fn its_report_is_understood() {
         let told = told(json!({
             "total_us": 250_000,
-            "pause": { "total_us": 2500 },
+            "pause": { "total_us": 2500, "stop_us": 100, "destination_own_us": 1 },
             "connection_bytes": [1000, 500],
             "rounds": [{ "bytes": 1400, "duration_us": 200_000 }, {}],
         }));
@@ -80,6 +103,8 @@ mod tests {
         assert_eq!(told.bytes, Some(1500.0));
         assert_eq!(told.rounds, Some(3.0));
         assert_eq!(told.first_pass, Some(7000.0));
+        let parts: Vec<_> = told.pause.iter().map(|(part, ms)| (part.key, *ms)).collect();
+        assert_eq!(parts, [("pause_stop_ms", 0.1), ("pause_destination_own_ms", 0.001)]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ Usage: bench-migration [--quick] [--parts LIST] [--cells LIST] [--subjects LIST]
   --json FILE      write all samples to FILE
 
 Lists are separated by commas. The two processes of a migration are on this host, in a network
-namespace of their own where that is allowed. All of it takes about 30 minutes on two CPUs and needs
+namespace of their own where that is allowed. All of it takes 20 to 30 minutes on two idle CPUs and needs
 4 GiB of memory. Leave the machine alone meanwhile: runs in which others used more than 0.3 CPUs are
 marked, and left out of the medians where enough others remain.";
 

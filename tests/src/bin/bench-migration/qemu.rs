@@ -106,6 +106,7 @@ fn understand(all: Value) -> Told {
         bytes: ram["transferred"].as_f64(),
         rounds: ram["dirty-sync-count"].as_f64(),
         first_pass: None,
+        pause: Vec::new(),
         all,
     }
 }

@@ -103,6 +103,9 @@ fn tell(sample: &mut Sample, moved: &Moved, used: &CpuUsed) {
     sample.set(sample::TOLD_WIRE, told.bytes.map(|bytes| bytes / MIB));
     sample.set(sample::ROUNDS, told.rounds);
     sample.set(sample::THROUGHPUT, told.first_pass.map(|bytes| bytes / MIB));
+    for (part, ms) in &told.pause {
+        sample.set(*part, *ms);
+    }
     // The command that gives the order is a part of the source.
     sample.set(sample::CPU_SOURCE, used.processes.first().map(|cpu| cpu + used.own));
     sample.set(sample::CPU_DESTINATION, used.processes.get(1).copied());

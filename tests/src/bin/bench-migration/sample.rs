@@ -56,7 +56,22 @@ pub const ROUNDS: Quantity = quantity("rounds", "rounds", 0);
 /// Throughput of the first pass, or of the raw copy.
 pub const THROUGHPUT: Quantity = quantity("first_pass_mib_per_s", "first pass MiB/s", 0);
 
-/// The columns of a cell's table.
+/// The parts of the pause as minivmm tells them, one after the other; the last three are the
+/// destination's own figures, within `load`, `commit` and `resume`.
+pub const PAUSE: [Quantity; 10] = [
+    quantity("pause_stop_ms", "pause: stop ms", 2),
+    quantity("pause_save_ms", "pause: save ms", 2),
+    quantity("pause_harvest_ms", "pause: harvest ms", 2),
+    quantity("pause_send_ms", "pause: send ms", 2),
+    quantity("pause_load_ms", "pause: load ms", 2),
+    quantity("pause_commit_ms", "pause: commit ms", 2),
+    quantity("pause_resume_ms", "pause: resume ms", 2),
+    quantity("pause_destination_load_ms", "there: load ms", 2),
+    quantity("pause_destination_own_ms", "there: own ms", 2),
+    quantity("pause_destination_resume_ms", "there: resume ms", 2),
+];
+
+/// What a cell's table has before the parts of the pause.
 pub const COLUMNS: [Quantity; 16] = [
     SWITCH_GAP,
     OTHER_GAP,

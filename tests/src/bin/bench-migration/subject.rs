@@ -6,6 +6,7 @@ use std::time::Duration;
 use ::tests::bench::{Guest, QemuMemory, Result, Setup, Tools, Vmm};
 use serde::Serialize;
 
+use crate::sample::Quantity;
 use crate::{minivmm, qemu};
 
 /// What a run measures.
@@ -193,6 +194,8 @@ pub struct Told {
     pub rounds: Option<f64>,
     /// Bytes per second of the first pass.
     pub first_pass: Option<f64>,
+    /// Parts of the pause, in ms.
+    pub pause: Vec<(Quantity, f64)>,
     /// Everything, as it was told.
     pub all: serde_json::Value,
 }

@@ -71,7 +71,11 @@ pub fn verdicts(verdicts: &[Verdict]) -> String {
         let ratio = verdict.ratio().map_or("–".into(), |ratio| format!("{ratio:.2}"));
         let sign = if verdict.at_least { "≥" } else { "≤" };
         let target = verdict.target.map_or("–".into(), |v| format!("{sign} {v:.digits$}"));
-        let met = if verdict.target.is_some() { verdict.text() } else { "" };
+        let met = match (verdict.target, verdict.disturbed) {
+            (None, _) => String::new(),
+            (Some(_), false) => verdict.text().to_owned(),
+            (Some(_), true) => format!("{}, disturbed", verdict.text()),
+        };
         let Verdict { cell, subject, what, .. } = verdict;
         let figure = number(verdict.figure);
         let _ = writeln!(
@@ -95,6 +99,7 @@ pub fn verdicts_json(verdicts: &[Verdict]) -> Value {
             "ratio": verdict.ratio(),
             "target": verdict.target,
             "met": verdict.met(),
+            "disturbed": verdict.disturbed,
         })
     };
     verdicts.iter().map(one).collect()

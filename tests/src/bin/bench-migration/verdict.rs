@@ -33,6 +33,8 @@ pub struct Verdict {
     pub at_least: bool,
     /// Decimals.
     pub digits: usize,
+    /// Whether disturbed runs are in what it compares.
+    pub disturbed: bool,
 }
 
 impl Verdict {
@@ -71,6 +73,7 @@ fn best_of_qemu(samples: &[Sample], cell: Cell, quantity: Quantity) -> Option<(f
 /// All that is asked of minivmm in a cell.
 pub fn of_cell(samples: &[Sample], cell: Cell) -> Vec<Verdict> {
     let median = |subject, quantity| Runs::of(samples, cell, subject).median(quantity);
+    let disturbed = Subject::ALL.iter().any(|s| Runs::of(samples, cell, *s).noisy());
     let mut verdicts = Vec::new();
     for subject in Subject::ALL.into_iter().filter(|subject| subject.is_minivmm()) {
         if Runs::of(samples, cell, subject).used() == 0 {
@@ -85,6 +88,7 @@ pub fn of_cell(samples: &[Sample], cell: Cell) -> Vec<Verdict> {
             target,
             at_least: false,
             digits: quantity.digits,
+            disturbed,
         };
         let gap = best_of_qemu(samples, cell, SWITCH_GAP);
         let machine = median(Subject::Baseline, OTHER_GAP);
