@@ -5,17 +5,10 @@ use std::process::Command;
 
 use rustix::thread::{unshare_unsafe, UnshareFlags};
 
-use crate::suite::Need;
-
 /// Address of the host's side of a [`tap`].
 pub const HOST_ADDRESS: &str = "10.0.0.1";
 /// Address that a guest takes, with the length of the prefix.
 pub const GUEST_ADDRESS: &str = "10.0.0.2/24";
-
-/// Network namespaces and taps may be made.
-pub fn networks() -> Need {
-    in_private_network(|| tap("tap0"))?
-}
 
 /// Runs `work` on a thread whose sockets, and whose child processes, are in a network namespace of
 /// their own. It ends with the last of them.
@@ -39,15 +32,29 @@ pub fn in_private_network<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R,
     })
 }
 
-/// Makes a tap that is up and can do offloads. The first one has [`HOST_ADDRESS`].
+/// Makes a tap that is up, can do offloads, and has [`HOST_ADDRESS`].
 ///
 /// # Errors
 /// `ip` is not there, or says no.
 pub fn tap(name: &str) -> Result<(), String> {
     ip(&["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"])?;
-    // Fails for all but the first.
-    let _ = ip(&["address", "add", &format!("{HOST_ADDRESS}/24"), "dev", name]);
+    ip(&["address", "add", &format!("{HOST_ADDRESS}/24"), "dev", name])?;
     ip(&["link", "set", name, "up"])
+}
+
+/// Makes a bridge with taps, as a switch between hosts is: each has a port. It has
+/// [`HOST_ADDRESS`].
+///
+/// # Errors
+/// As [`tap`].
+pub fn bridge(taps: &[&str]) -> Result<(), String> {
+    ip(&["link", "add", "br0", "type", "bridge"])?;
+    for name in taps {
+        ip(&["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"])?;
+        ip(&["link", "set", name, "master", "br0", "up"])?;
+    }
+    ip(&["address", "add", &format!("{HOST_ADDRESS}/24"), "dev", "br0"])?;
+    ip(&["link", "set", "br0", "up"])
 }
 
 /// The command `ip` in the namespace of this thread.

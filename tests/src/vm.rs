@@ -81,6 +81,23 @@ impl Vm {
         self.ask("report", "report")
     }
 
+    /// Asks for reports until `wanted` says yes to the numbers of one.
+    #[track_caller]
+    pub fn report_with(
+        &mut self,
+        what: &str,
+        wanted: impl Fn(&dyn Fn(&str) -> u64) -> bool,
+    ) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let report = self.report();
+            if wanted(&|name| number(&report, name)) {
+                return report;
+            }
+            assert!(Instant::now() < deadline, "no report with {what}: {report}");
+        }
+    }
+
     /// Lets the guest read all of its memory: no page is wrong.
     #[track_caller]
     pub fn verify(&mut self) -> Value {

@@ -8,6 +8,8 @@ use std::time::Instant;
 struct State {
     closed: bool,
     inside: usize,
+    /// Threads that wait until nobody is inside.
+    waiting: usize,
 }
 
 /// Lets threads work on a device until it is closed; closing waits for those inside.
@@ -41,14 +43,16 @@ impl Gate {
     pub(super) fn close(&self, deadline: Instant) -> bool {
         self.begin_close();
         let mut state = self.lock();
+        state.waiting += 1;
         while state.inside > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return false;
+                break;
             }
             state = self.left.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        true
+        state.waiting -= 1;
+        state.inside == 0
     }
 
     pub(super) fn open(&self) {
@@ -71,8 +75,12 @@ pub(super) struct Inside<'a>(&'a Gate);
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
-        self.0.lock().inside -= 1;
-        self.0.left.notify_all();
+        let mut state = self.0.lock();
+        state.inside -= 1;
+        // A system call, even where nobody waits: for each look at a queue that is too much.
+        if state.waiting > 0 {
+            self.0.left.notify_all();
+        }
     }
 }
 
