@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::thread;
@@ -19,9 +19,7 @@ use migration::source::{migrate_to, Offering, SourceControl, SourceOptions};
 use migration::stream::{Config, Machine};
 use migration::transport::{TcpAcceptor, TcpConnector};
 use migration::volatile_io;
-use migration::{
-    DestinationMemory, FirstTouch, Gfn, GuestMemory, MemoryLayout, MigrationId, PageRange,
-};
+use migration::{Gfn, GuestMemory, MemoryLayout, MigrationId, PageRange};
 
 const RUNS: usize = 5;
 const CHUNK: u64 = 256;
@@ -31,7 +29,7 @@ fn layout(pages: u64) -> MemoryLayout {
 }
 
 fn vm(total: u64, used: u64) -> SimulatedVm {
-    let vm = SimulatedVm::on_memfd(layout(total)).unwrap();
+    let vm = SimulatedVm::new(layout(total)).unwrap();
     let mut page = [0u8; 4096];
     for gfn in 0..used {
         for (i, word) in page.chunks_exact_mut(8).enumerate() {
@@ -43,13 +41,13 @@ fn vm(total: u64, used: u64) -> SimulatedVm {
     vm
 }
 
-/// A raw copy of all memory, straight into fresh memory or through a buffer.
-fn raw(source: &SimulatedVm, buffered: bool) -> Duration {
+/// A raw copy of all memory, straight into fresh memory.
+fn raw(source: &SimulatedVm) -> Duration {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let pages = source.layout().total_pages();
     let chunks = || PageRange::new(Gfn(0), pages).unwrap().chunks(CHUNK);
-    let fresh = SimulatedVm::on_memfd(layout(pages)).unwrap();
+    let fresh = SimulatedVm::new(layout(pages)).unwrap();
     let started = Instant::now();
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -59,33 +57,21 @@ fn raw(source: &SimulatedVm, buffered: bool) -> Duration {
                 volatile_io::write_all(socket.as_fd(), &[], &[slice]).unwrap();
             }
         });
-        let mut socket = listener.accept().unwrap().0;
-        let mut buffer = vec![0; (CHUNK * 4096) as usize];
+        let socket = listener.accept().unwrap().0;
         for chunk in chunks() {
-            if buffered {
-                socket.read_exact(&mut buffer).unwrap();
-                fresh.fill(chunk, &buffer).unwrap();
-            } else {
-                let slice = fresh.slice(chunk).unwrap();
-                volatile_io::read_exact(socket.as_fd(), &[slice]).unwrap();
-            }
+            let slice = fresh.slice(chunk).unwrap();
+            volatile_io::read_exact(socket.as_fd(), &[slice]).unwrap();
         }
     });
     started.elapsed()
 }
 
-fn migrate(
-    source: &SimulatedVm,
-    connections: u16,
-    first_touch: FirstTouch,
-    journal: &Journal,
-) -> Report {
+fn migrate(source: &SimulatedVm, connections: u16, journal: &Journal) -> Report {
     let listener = TcpAcceptor::bind("127.0.0.1:0").unwrap();
     let address = listener.local_address().unwrap().to_string();
-    let host = SimulatedHost::on_memfd();
+    let host = SimulatedHost::default();
     let arriving = DestinationControl::new();
-    let options =
-        DestinationOptions { first_touch: Some(first_touch), ..DestinationOptions::default() };
+    let options = DestinationOptions::default();
     let report = thread::scope(|scope| {
         scope.spawn(|| receive(&host, &listener, journal, &options, &arriving, &|_| {}).unwrap());
         let offering = Offering {
@@ -127,35 +113,26 @@ fn main() {
     let directory = std::env::temp_dir().join(format!("migration-speed-{}", std::process::id()));
     let journal = Journal::open(&directory).unwrap();
     let full = vm(mib * 256, mib * 256);
-    let mut times: [Vec<Duration>; 6] = Default::default();
-    let mut pauses: [Vec<Duration>; 4] = Default::default();
+    let mut times: [Vec<Duration>; 3] = Default::default();
+    let mut pauses: [Vec<Duration>; 2] = Default::default();
     for _ in 0..RUNS {
-        times[0].push(raw(&full, false));
-        times[1].push(raw(&full, true));
-        let cells = [
-            (1, FirstTouch::Fill),
-            (1, FirstTouch::Populate),
-            (4, FirstTouch::Fill),
-            (4, FirstTouch::Populate),
-        ];
-        for (at, (connections, first_touch)) in cells.into_iter().enumerate() {
-            let report = migrate(&full, connections, first_touch, &journal);
-            times[2 + at].push(report.total);
+        times[0].push(raw(&full));
+        for (at, connections) in [1, 4].into_iter().enumerate() {
+            let report = migrate(&full, connections, &journal);
+            times[1 + at].push(report.total);
             pauses[at].push(report.pause.unwrap().total);
             if std::env::var_os("VERBOSE").is_some() {
                 writeln!(out, "{:?} {:?}", report.rounds, report.pause.unwrap()).unwrap();
             }
         }
     }
-    let names =
-        ["raw, direct", "raw, buffered", "1, fill", "1, populate", "4, fill", "4, populate"];
-    let best = median(&times[0]).min(median(&times[1]));
-    for (at, name) in names.into_iter().enumerate() {
+    let best = median(&times[0]);
+    for (at, name) in ["raw", "1 connection", "4 connections"].into_iter().enumerate() {
         let time = median(&times[at]);
         let rate = mib as f64 / time.as_secs_f64();
         let share = best.as_secs_f64() / time.as_secs_f64();
         write!(out, "{name:14} {time:9.1?} {rate:6.0} MiB/s  {share:.2} of raw").unwrap();
-        if let Some(pauses) = at.checked_sub(2).map(|at| &pauses[at]) {
+        if let Some(pauses) = at.checked_sub(1).map(|at| &pauses[at]) {
             write!(out, "  pause {:.1?}", median(pauses)).unwrap();
         }
         writeln!(out).unwrap();
@@ -165,7 +142,7 @@ fn main() {
         let sparse = vm(gib << 18, 64 << 8);
         let mut totals = Vec::new();
         for _ in 0..RUNS {
-            totals.push(migrate(&sparse, 1, FirstTouch::Fill, &journal).total);
+            totals.push(migrate(&sparse, 1, &journal).total);
         }
         let total = median(&totals);
         writeln!(out, "{gib:2} GiB with 64 MiB in use: {total:.1?}, all {totals:.1?}").unwrap();

@@ -4,6 +4,7 @@
 //! use this crate, and a simulated VM ([`simulated`]) can drive every path in an ordinary test.
 //!
 //! - [`address`], [`layout`], [`page_set`]: guest pages, which ones exist, and sets of them.
+//! - [`pagemap`]: which pages of a mapping are populated.
 //! - [`vm`]: the traits that a VM implements.
 //! - [`stream`]: the records that carry a VM, in a file or over a connection.
 //! - [`snapshot`]: a VM in a file.
@@ -18,6 +19,7 @@ pub mod journal;
 pub mod layout;
 mod link;
 pub mod page_set;
+pub mod pagemap;
 pub mod report;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod simulated;
@@ -35,6 +37,6 @@ pub use layout::{LayoutError, MemoryLayout};
 pub use link::Timing;
 pub use page_set::PageSet;
 pub use vm::{
-    DestinationHost, DestinationMemory, DestinationVm, DirtySource, FirstTouch, GuestMemory, Mode,
-    Offer, PauseReason, Placed, Section, SourceVm, VmControl, VmError, VmState,
+    DestinationHost, DestinationMemory, DestinationVm, DirtySource, GuestMemory, Mode, Offer,
+    PauseReason, Placed, Section, SourceVm, VmControl, VmError, VmState,
 };

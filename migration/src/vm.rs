@@ -52,8 +52,8 @@ pub trait GuestMemory: Send + Sync {
     fn slice(&self, range: PageRange) -> Result<VolatileSlice<'_>, VmError>;
 
     /// Pages that have memory behind them on the host; all others read as zeros and were never
-    /// touched. Must not find out by reading: that would populate them (use SEEK_DATA, lseek(2),
-    /// on a memfd). With huge pages a whole huge page counts.
+    /// touched. Must not find out by reading: that would populate them (see [`crate::pagemap`]). With
+    /// huge pages a whole huge page counts.
     ///
     /// # Errors
     /// [`VmError::Os`].
@@ -202,22 +202,11 @@ pub enum Placed {
 
 /// Memory that receives a VM.
 pub trait DestinationMemory: GuestMemory {
-    /// Makes the host provide memory for a range that is about to be filled through
-    /// [`GuestMemory::slice`] (MADV_POPULATE_WRITE, madvise(2)), so that filling it takes no page
-    /// faults. Contents do not change. The engine calls it for every range before it receives
-    /// into it.
+    /// Writes a range of a VM that does not run; `data` has its length.
     ///
     /// # Errors
-    /// [`VmError::Range`], or [`VmError::Os`] when the host has no memory left.
-    fn populate_ahead(&self, range: PageRange) -> Result<(), VmError>;
-
-    /// Writes a range of a VM that does not run; `data` has its length. An implementer may know
-    /// a quicker way than populating memory and copying into it, as here.
-    ///
-    /// # Errors
-    /// As [`DestinationMemory::populate_ahead`].
+    /// [`VmError`]; who loads the memory gives up.
     fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
-        self.populate_ahead(range)?;
         self.slice(range)?.copy_from(data);
         Ok(())
     }
@@ -271,27 +260,12 @@ pub trait SourceVm: GuestMemory + DirtySource + VmControl + VmState {
     }
 }
 
-/// How memory that nobody has touched yet is best filled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum FirstTouch {
-    /// Through a buffer and [`DestinationMemory::fill`].
-    #[default]
-    Fill,
-    /// [`DestinationMemory::populate_ahead`] on a thread of its own, then straight into it.
-    Populate,
-}
-
 /// A VM that was made for an incoming migration. It is paused, its memory reads as zeros, and its
 /// disks are open but not owned.
 ///
 /// The engine loads state through [`DestinationVm::load_state`] and never saves it here. Dropping
 /// the last reference without [`DestinationVm::take_ownership`] must leave no trace.
 pub trait DestinationVm: DestinationMemory + VmState {
-    /// How memory is best filled here.
-    fn first_touch(&self) -> FirstTouch {
-        FirstTouch::default()
-    }
-
     /// As [`VmState::load_sections`], for a guest that has been standing since `paused` while the
     /// world went on: its clocks are to include the time away.
     ///

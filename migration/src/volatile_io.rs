@@ -132,17 +132,16 @@ unsafe fn is_zero_wide(page: *const u8) -> bool {
     (0..PAGE_BYTES / 8).all(|at| unsafe { words.add(at).read_volatile() } == 0)
 }
 
-/// Makes the kernel provide memory for all of `slice` (MADV_POPULATE_WRITE, madvise(2)), or only
-/// map what is there already and fill holes (MADV_POPULATE_READ). Contents do not change.
+/// Gives the pages of `slice`, whole pages of private anonymous memory, back to the kernel
+/// (MADV_DONTNEED, madvise(2)): they read as zeros afterwards.
 ///
 /// # Errors
-/// What madvise(2) says; `EINVAL` from kernels before 5.14.
-pub fn populate(slice: &VolatileSlice<'_>, write: bool) -> io::Result<()> {
-    let advice = if write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+/// What madvise(2) says: `EINVAL` where it is not whole pages.
+pub fn discard(slice: &VolatileSlice<'_>) -> io::Result<()> {
     let guard = slice.ptr_guard_mut();
-    // SAFETY: the VolatileSlice promises that this memory is mapped for as long as it lives;
-    // populating changes neither its contents nor what it is.
-    match unsafe { libc::madvise(guard.as_ptr().cast(), slice.len(), advice) } {
+    // SAFETY: the VolatileSlice promises that this memory is mapped for as long as it lives, and
+    // anyone may change its contents at any time.
+    match unsafe { libc::madvise(guard.as_ptr().cast(), slice.len(), libc::MADV_DONTNEED) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

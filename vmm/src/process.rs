@@ -28,10 +28,10 @@ fn schedstat_ms(path: &str) -> u64 {
         .map_or(0, |ns| ns / 1_000_000)
 }
 
-/// Resident memory that is not guest memory, bytes: anonymous and file pages. Guest memory is a
-/// memfd and counts as shared memory (proc(5), status).
+/// Resident memory that is not guest memory, bytes: anonymous and file pages (proc(5), status) less
+/// what is populated of guest memory, which is anonymous too.
 #[must_use]
-pub fn overhead_bytes() -> u64 {
+pub fn overhead_bytes(guest: u64) -> u64 {
     let Ok(status) = fs::read_to_string("/proc/self/status") else { return 0 };
     let field = |name: &str| {
         status
@@ -41,7 +41,7 @@ pub fn overhead_bytes() -> u64 {
             })
             .unwrap_or(0)
     };
-    (field("RssAnon:") + field("RssFile:")) * 1024
+    ((field("RssAnon:") + field("RssFile:")) * 1024).saturating_sub(guest)
 }
 
 #[cfg(test)]
@@ -50,7 +50,7 @@ mod tests {
 
     #[test]
     fn overhead_is_of_the_size_of_a_program() {
-        let bytes = overhead_bytes();
+        let bytes = overhead_bytes(0);
         assert!(bytes > 100 << 10 && bytes < 1 << 30, "{bytes}");
     }
 }

@@ -162,10 +162,11 @@ impl Control for VmHandle {
     fn stats(&self) -> VmStats {
         let (unmapped, vcpus, pauses, reboots) = self.machine.counters();
         let ram = self.machine.ram();
+        let populated = ram.populated_bytes();
         VmStats {
             memory_bytes: ram.size(),
-            memory_populated_bytes: ram.populated_bytes(),
-            overhead_bytes: process::overhead_bytes(),
+            memory_populated_bytes: populated,
+            overhead_bytes: process::overhead_bytes(populated),
             cpu_ms: process::cpu_ms(),
             vcpus,
             unmapped,

@@ -1,10 +1,8 @@
 //! From the offer until the VM is made and its memory is waited for.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{mpsc, Arc};
+use std::sync::Arc;
 use std::time::Instant;
 
-use crate::address::PageRange;
 use crate::destination::door::Guests;
 use crate::destination::receiver::Receiver;
 use crate::destination::session::{Failure, Joined, Session};
@@ -18,10 +16,6 @@ use crate::stream::session::{
 };
 use crate::stream::RecordType;
 use crate::verify::hash_ranges;
-use crate::vm::{DestinationVm, FirstTouch};
-
-/// Memory is provided in pieces of this, so that the thread can be stopped.
-const POPULATE_PAGES: u64 = 512;
 
 impl Session<'_, '_, '_> {
     /// Says hello, and has the host look at the offer.
@@ -124,18 +118,11 @@ impl Session<'_, '_, '_> {
         for run in vm.populated()?.runs() {
             vm.zero(run)?;
         }
-        let first_touch = self.around.options.first_touch.unwrap_or_else(|| vm.first_touch());
         for Joined { index, records, out } in std::mem::take(&mut self.joined) {
             let (vm, pages) = (Arc::clone(&vm), Arc::clone(&self.pages));
-            let receiver = Receiver { index, vm, records, out, first_touch, pages };
+            let receiver = Receiver { index, vm, records, out, pages };
             let inbox = self.sender.clone();
             self.spawn(&format!("mig-recv-{index}"), move || receiver.run(&inbox))?;
-        }
-        if first_touch == FirstTouch::Populate {
-            let (announced, work) = mpsc::channel();
-            let (vm, stop) = (Arc::clone(&vm), Arc::clone(&self.stop_populating));
-            self.spawn("mig-populate", move || populate(vm.as_ref(), &work, &stop))?;
-            self.populate = Some(announced);
         }
         if let Some(entry) = &mut self.entry {
             entry.stage()?;
@@ -143,21 +130,5 @@ impl Session<'_, '_, '_> {
         self.stage.set(Stage::READY);
         let load_us = as_micros(vm.expected_load());
         Ok(self.link()?.send(&Ready { load_us })?)
-    }
-}
-
-/// Provides memory for what is announced, until there is no more.
-fn populate(vm: &dyn DestinationVm, work: &mpsc::Receiver<Vec<PageRange>>, stop: &AtomicBool) {
-    while let Ok(runs) = work.recv() {
-        for piece in runs.iter().flat_map(|run| run.chunks(POPULATE_PAGES)) {
-            if stop.load(Ordering::Relaxed) {
-                return;
-            }
-            if let Err(error) = vm.populate_ahead(piece) {
-                // Whoever touches it next meets the same, and tells.
-                tracing::warn!(%error, "memory is not provided ahead");
-                return;
-            }
-        }
     }
 }

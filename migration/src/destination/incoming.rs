@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
 
-use crate::address::PageRange;
 use crate::destination::{Input, Stage};
 use crate::handover::Cause;
 use crate::identity::MigrationId;
@@ -228,7 +227,8 @@ impl Order {
             }
             (_, Part::Blobs) => return Err(unexpected("the listed BLOBs, after ACCEPT")),
             (RecordType::Announce, Part::Memory) if self.stage.reached(Stage::READY) => {
-                Input::Announced(self.announce(&record)?)
+                self.announce(&record)?;
+                return Ok(true);
             }
             (
                 RecordType::Hash | RecordType::State | RecordType::Complete,
@@ -308,7 +308,7 @@ impl Order {
         Ok(done)
     }
 
-    fn announce(&mut self, record: &Record<'_>) -> Result<Vec<PageRange>, StreamError> {
+    fn announce(&mut self, record: &Record<'_>) -> Result<(), StreamError> {
         let runs = decode_runs(RecordType::Announce, record.payload, &self.layout)
             .map_err(|problem| record.error(problem))?;
         let announced = self.announced.get_or_insert_with(|| PageSet::empty(&self.layout));
@@ -318,7 +318,7 @@ impl Order {
                 return Err(record.error(Problem::DuplicatePages(*run)));
             }
         }
-        Ok(runs)
+        Ok(())
     }
 
     fn hash(&mut self, record: &Record<'_>) -> Result<(), StreamError> {

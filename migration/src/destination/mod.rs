@@ -5,8 +5,7 @@
 //!      |-- mig-door       accepts connections: main, pages, verdict queries   |
 //!      |-- mig-main-in    reads the main connection, checks its order         |--> one inbox
 //!      |-- mig-alive      keepalive                                           |
-//!      |-- mig-recv-N     one per page connection                             |
-//!      `-- mig-populate   provides memory just ahead of it, where that is best
+//!      `-- mig-recv-N     one per page connection                             |
 //! ```
 //!
 //! Who owns the VM is decided by [`crate::handover`] only; `session` does what it says.
@@ -27,14 +26,13 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::address::PageRange;
 use crate::handover::{Cause, DestinationPhase, Owner};
 use crate::journal::Journal;
 use crate::link::Timing;
 use crate::snapshot::Blob;
 use crate::stream::{RecordReader, RecordWriter};
 use crate::transport::{Listener, Stream, Transport};
-use crate::vm::{DestinationHost, FirstTouch, Offer, Section};
+use crate::vm::{DestinationHost, Offer, Section};
 
 use door::Door;
 use receiver::ReceiverStats;
@@ -44,15 +42,13 @@ use receiver::ReceiverStats;
 pub struct DestinationOptions {
     /// Most page connections, 1 to 64.
     pub max_connections: u16,
-    /// Overrides what the VM says about filling memory.
-    pub first_touch: Option<FirstTouch>,
     /// Time limits. `alive` and `dead` come with the offer.
     pub timing: Timing,
 }
 
 impl Default for DestinationOptions {
     fn default() -> Self {
-        Self { max_connections: 16, first_touch: None, timing: Timing::default() }
+        Self { max_connections: 16, timing: Timing::default() }
     }
 }
 
@@ -209,7 +205,6 @@ enum Input {
         stage: Arc<Stage>,
     },
     Blobs(Vec<Blob>),
-    Announced(Vec<PageRange>),
     State {
         sections: Vec<Section>,
         hashes: Option<Vec<u64>>,

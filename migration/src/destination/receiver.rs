@@ -3,17 +3,16 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{mpsc, Arc};
 
-use crate::address::{PageRange, PAGE_BYTES};
+use crate::address::PageRange;
 use crate::destination::Input;
 use crate::handover::Cause;
 use crate::page_set::PageSet;
 use crate::stream::session::{Echo, Round, Sync};
 use crate::stream::{
     decode_runs, Problem, RecordHeader, RecordReader, RecordType, RecordWriter, StreamError,
-    MAX_PAGES_PER_RECORD,
 };
 use crate::transport::Stream;
-use crate::vm::{DestinationVm, FirstTouch};
+use crate::vm::DestinationVm;
 
 /// What came on a connection.
 #[derive(Debug, Clone, Copy, Default)]
@@ -30,7 +29,6 @@ pub(super) struct Receiver {
     pub(super) vm: Arc<dyn DestinationVm>,
     pub(super) records: RecordReader<Stream>,
     pub(super) out: RecordWriter<Stream>,
-    pub(super) first_touch: FirstTouch,
     pub(super) pages: PageCount,
 }
 
@@ -57,17 +55,13 @@ impl Receiver {
         let layout = Arc::clone(self.vm.layout());
         // Pages of this connection that hold, or held, anything. Others read as zeros.
         let mut filled = PageSet::empty(&layout);
-        let mut buffer = match self.first_touch {
-            FirstTouch::Fill => vec![0; MAX_PAGES_PER_RECORD as usize * PAGE_BYTES],
-            FirstTouch::Populate => Vec::new(),
-        };
         let mut stats = ReceiverStats::default();
         let mut round = 0;
         loop {
             let (record_type, header) = self.records.next_header()?;
             match record_type {
                 RecordType::Pages if round > 0 => {
-                    let runs = self.pages(&header, &mut filled, &mut buffer)?;
+                    let runs = self.pages(&header, &mut filled)?;
                     let pages: u64 = runs.iter().map(|run| run.pages()).sum();
                     stats.data_pages += pages;
                     self.pages.fetch_add(pages, Ordering::Relaxed);
@@ -114,51 +108,18 @@ impl Receiver {
         }
     }
 
-    /// Brings the data of a PAGES record to its place. Where something was written before, or memory is
-    /// provided ahead, it is read straight into guest memory; else through the buffer.
+    /// Brings the data of a PAGES record to its place. Guest memory is not checksummed, so that it need
+    /// not be copied; a checksummed record would be a source that does what it need not, and is refused.
     fn pages(
         &mut self,
         header: &RecordHeader,
         filled: &mut PageSet,
-        buffer: &mut [u8],
     ) -> Result<Vec<PageRange>, StreamError> {
-        // Guest memory is not checksummed, so that it need not be copied; a checksummed record
-        // would be a source that does what it need not, and is refused.
-        let runs = self.records.read_live_runs(header, self.vm.layout())?;
-        let mut at = 0;
-        while at < runs.len() {
-            let direct = self.is_direct(filled, runs[at]);
-            let rest = &runs[at..];
-            let same = rest.iter().take_while(|run| self.is_direct(filled, **run) == direct);
-            let part = &rest[..same.count().max(1)];
-            at += part.len();
-            if direct {
-                let slices = part
-                    .iter()
-                    .map(|run| self.vm.slice(*run))
-                    .collect::<Result<Vec<_>, _>>()
-                    .map_err(|error| self.records.error(error))?;
-                self.records.read_live_data(&slices)?;
-            } else {
-                let bytes: u64 = part.iter().map(|run| run.bytes()).sum();
-                let mut data = &mut buffer[..bytes as usize];
-                self.records.read_live_bytes(data)?;
-                for run in part {
-                    let (mine, rest) = data.split_at_mut(run.bytes() as usize);
-                    self.vm.fill(*run, mine).map_err(|error| self.records.error(error))?;
-                    data = rest;
-                }
-            }
-            for run in part {
-                filled.insert(*run).map_err(|error| self.records.error(error))?;
-            }
+        let runs = self.records.read_live_pages(header, self.vm.as_ref())?;
+        for run in &runs {
+            filled.insert(*run).map_err(|error| self.records.error(error))?;
         }
-        self.records.finish_live(header);
         Ok(runs)
-    }
-
-    fn is_direct(&self, filled: &PageSet, run: PageRange) -> bool {
-        self.first_touch == FirstTouch::Populate || filled.contains(run)
     }
 }
 

@@ -1,12 +1,11 @@
 //! The runner: does the work of each phase, and what [`crate::handover`] says between them.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{mpsc, Arc};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
-use crate::address::PageRange;
 use crate::clock::process_cpu_time;
 use crate::destination::door::Door;
 use crate::destination::receiver::{PageCount, ReceiverStats};
@@ -134,8 +133,6 @@ pub(super) struct Session<'scope, 'env, 'door> {
     pub(super) vm: Option<Arc<dyn DestinationVm>>,
     pub(super) joined: Vec<Joined>,
     pub(super) page_transports: Vec<Arc<dyn Transport>>,
-    pub(super) populate: Option<mpsc::Sender<Vec<PageRange>>>,
-    pub(super) stop_populating: Arc<AtomicBool>,
     pub(super) pages: PageCount,
     pub(super) sections: Option<Vec<Section>>,
     /// Since when the guest stands.
@@ -182,8 +179,6 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             vm: None,
             joined: Vec::new(),
             page_transports: Vec::new(),
-            populate: None,
-            stop_populating: Arc::new(AtomicBool::new(false)),
             pages: Arc::new(AtomicU64::new(0)),
             sections: None,
             paused: Instant::now(),
@@ -329,12 +324,6 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         while synced < self.connections || self.sections.is_none() {
             let input = self.next_or_end(Instant::now() + PROGRESS_INTERVAL);
             match input.map_err(|failure| self.explained(failure))? {
-                Some(Input::Announced(runs)) => {
-                    if let Some(populate) = &self.populate {
-                        // Fails when the thread has failed: memory then comes as it is touched.
-                        let _ = populate.send(runs);
-                    }
-                }
                 Some(Input::Synced { stats }) => {
                     synced += 1;
                     self.stats.data_pages += stats.data_pages;
@@ -350,8 +339,6 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             }
         }
         self.all_received = Instant::now();
-        self.populate = None;
-        self.stop_populating.store(true, Ordering::Relaxed);
         Ok(DestinationEvent::AllReceived)
     }
 
@@ -539,8 +526,6 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
     /// Ends all connections, and with them the threads.
     fn close_connections(&mut self) {
         self.door.expect(None);
-        self.populate = None;
-        self.stop_populating.store(true, Ordering::Relaxed);
         for transport in self.page_transports.drain(..) {
             transport.shutdown();
         }

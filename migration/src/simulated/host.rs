@@ -12,7 +12,6 @@ use super::{Operation, RunGuard, SimulatedVm};
 #[derive(Default)]
 pub struct SimulatedHost {
     guard: Option<Arc<RunGuard>>,
-    memfd: bool,
     state: Mutex<State>,
 }
 
@@ -30,11 +29,6 @@ impl SimulatedHost {
     /// A host whose VMs `guard` watches.
     pub fn new(guard: &Arc<RunGuard>) -> Self {
         Self { guard: Some(Arc::clone(guard)), ..Self::default() }
-    }
-
-    /// A host whose VMs have their memory on memfds.
-    pub fn on_memfd() -> Self {
-        Self { memfd: true, ..Self::default() }
     }
 
     /// The offer is refused for these reasons; no reason lets it pass.
@@ -89,11 +83,7 @@ impl DestinationHost for SimulatedHost {
         if !state.prepare.is_empty() {
             return Err(state.prepare.clone());
         }
-        let vm = match self.memfd {
-            true => SimulatedVm::on_memfd(offer.layout.clone()),
-            false => SimulatedVm::new(offer.layout.clone()),
-        };
-        let vm = vm.map_err(|error| vec![error.to_string()])?;
+        let vm = SimulatedVm::new(offer.layout.clone()).map_err(|error| vec![error.to_string()])?;
         let vm = Arc::new(vm.incoming());
         if let Some(guard) = &self.guard {
             vm.watch(guard);

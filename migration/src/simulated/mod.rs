@@ -17,24 +17,21 @@ pub use host::SimulatedHost;
 pub use network::{Cut, LocalNetwork};
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use rustix::fs::{memfd_create, seek, MemfdFlags, SeekFrom};
-use rustix::io::Errno;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
-use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES, PAGE_SIZE};
+use crate::address::{Gfn, Gpa, PageRange, RangeError, PAGE_BYTES};
 use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
+use crate::pagemap;
 use crate::vm::{
     DestinationMemory, DestinationVm, DirtySource, GuestMemory, PauseReason, Placed, Section,
     SourceVm, VmControl, VmError, VmState,
 };
-use crate::volatile_io::populate;
+use crate::volatile_io::discard;
 
 /// Watches that no two of some VMs ever run at once.
 #[derive(Debug, Default)]
@@ -90,13 +87,10 @@ pub struct SimulatedVm {
     layout: Arc<MemoryLayout>,
     /// One mapping per region of the layout, in the same order.
     regions: Vec<MmapRegion>,
-    /// The memory as a file, where it is one; the regions follow one another in it.
-    file: Option<File>,
     inner: Mutex<Inner>,
 }
 
 struct Inner {
-    populated: PageSet,
     /// `Some` while tracking is on: written and not cleared since.
     dirty_log: Option<PageSet>,
     /// Written by devices and not collected since.
@@ -128,43 +122,14 @@ impl SimulatedVm {
     /// # Errors
     /// [`VmError::Other`] when the host does not provide the memory.
     pub fn new(layout: MemoryLayout) -> Result<Self, VmError> {
-        Self::build(layout, None)
-    }
-
-    /// As [`SimulatedVm::new`], on a memfd, as a real VMM has its memory: for measurements.
-    ///
-    /// # Errors
-    /// As [`SimulatedVm::new`].
-    pub fn on_memfd(layout: MemoryLayout) -> Result<Self, VmError> {
-        let os = |error| VmError::Os { what: "making a memfd".to_owned(), error };
-        let file = memfd_create("simulated-vm", MemfdFlags::CLOEXEC)
-            .map(File::from)
-            .map_err(|error| os(error.into()))?;
-        file.set_len(layout.total_pages() * PAGE_SIZE).map_err(os)?;
-        Self::build(layout, Some(file))
-    }
-
-    fn build(layout: MemoryLayout, file: Option<File>) -> Result<Self, VmError> {
         let layout = Arc::new(layout);
-        let mut offset = 0;
         let mut regions = Vec::new();
         for range in layout.regions() {
-            let size = range.bytes() as usize;
-            let region = match &file {
-                Some(file) => file
-                    .try_clone()
-                    .map_err(|error| error.to_string())
-                    .map(|file| FileOffset::new(file, offset))
-                    .and_then(|at| MmapRegion::from_file(at, size).map_err(|e| e.to_string())),
-                None => MmapRegion::new(size).map_err(|error| error.to_string()),
-            };
-            regions.push(
-                region.map_err(|error| VmError::Other(format!("cannot map {range}: {error}")))?,
-            );
-            offset += range.bytes();
+            let region = MmapRegion::new(range.bytes() as usize)
+                .map_err(|error| VmError::Other(format!("cannot map {range}: {error}")))?;
+            regions.push(region);
         }
         let inner = Inner {
-            populated: PageSet::empty(&layout),
             dirty_log: None,
             device_dirty: PageSet::empty(&layout),
             running: true,
@@ -175,7 +140,7 @@ impl SimulatedVm {
             owns_disks: true,
             clock_page: None,
         };
-        Ok(Self { layout, regions, file, inner: Mutex::new(inner) })
+        Ok(Self { layout, regions, inner: Mutex::new(inner) })
     }
 
     /// Stores at the start of a page, as the guest does: the dirty log sees it.
@@ -185,7 +150,6 @@ impl SimulatedVm {
     pub fn guest_write(&self, gfn: Gfn, bytes: &[u8]) -> Result<(), VmError> {
         let page = self.store(gfn, bytes)?;
         let mut inner = self.inner();
-        inner.populated.insert(page)?;
         if let Some(log) = &mut inner.dirty_log {
             log.insert(page)?;
         }
@@ -200,7 +164,6 @@ impl SimulatedVm {
     pub fn device_write(&self, gfn: Gfn, bytes: &[u8]) -> Result<(), VmError> {
         let page = self.store(gfn, bytes)?;
         let mut inner = self.inner();
-        inner.populated.insert(page)?;
         inner.device_dirty.insert(page)?;
         Ok(())
     }
@@ -217,7 +180,6 @@ impl SimulatedVm {
             return Ok(false);
         }
         let page = self.store(gfn, bytes)?;
-        inner.populated.insert(page)?;
         if let Some(log) = &mut inner.dirty_log {
             log.insert(page)?;
         }
@@ -314,10 +276,6 @@ impl SimulatedVm {
     }
 }
 
-fn seek_error(error: Errno) -> VmError {
-    VmError::Os { what: "looking for populated pages".to_owned(), error: error.into() }
-}
-
 impl GuestMemory for SimulatedVm {
     fn layout(&self) -> &Arc<MemoryLayout> {
         &self.layout
@@ -336,22 +294,12 @@ impl GuestMemory for SimulatedVm {
     }
 
     fn populated(&self) -> Result<PageSet, VmError> {
-        let Some(file) = &self.file else { return Ok(self.inner().populated.clone()) };
-        // What was read straight into guest memory nobody has noted.
         let mut populated = PageSet::empty(&self.layout);
-        let end = self.layout.total_pages() * PAGE_SIZE;
-        let mut at = 0;
-        while at < end {
-            let start = match seek(file, SeekFrom::Data(at)) {
-                Ok(start) => start,
-                Err(Errno::NXIO) => break,
-                Err(error) => return Err(seek_error(error)),
-            };
-            at = seek(file, SeekFrom::Hole(start)).map_err(seek_error)?;
-            let (mut first, last) = (start / PAGE_SIZE, at.div_ceil(PAGE_SIZE));
-            while let Some(range) = self.layout.range_from(first, last) {
-                populated.insert(range)?;
-                first += range.pages();
+        for (region, mapping) in self.layout.regions().zip(&self.regions) {
+            let found = pagemap::populated(mapping.as_ptr() as u64, region.bytes());
+            let what = || "looking for populated pages".to_owned();
+            for (at, len) in found.map_err(|error| VmError::Os { what: what(), error })? {
+                populated.insert(PageRange::from_bytes(Gpa(region.gpa().0 + at), len)?)?;
             }
         }
         Ok(populated)
@@ -475,51 +423,17 @@ impl Drop for SimulatedVm {
 }
 
 impl DestinationMemory for SimulatedVm {
-    fn populate_ahead(&self, range: PageRange) -> Result<(), VmError> {
-        if self.file.is_some() {
-            populate(&self.slice(range)?, true)
-                .map_err(|error| VmError::Os { what: format!("populating {range}"), error })?;
-        }
-        self.inner().populated.insert(range)?;
-        Ok(())
-    }
-
-    fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
-        let slice = self.slice(range)?;
-        match &self.file {
-            Some(file) => {
-                let offset = self.layout.index_range(range)?.start * PAGE_SIZE;
-                file.write_all_at(data, offset)
-                    .and_then(|()| populate(&slice, false))
-                    .map_err(|error| VmError::Os { what: format!("filling {range}"), error })?;
-            }
-            None => slice.copy_from(data),
-        }
-        self.inner().populated.insert(range)?;
-        Ok(())
-    }
-
     fn zero(&self, range: PageRange) -> Result<(), VmError> {
-        let slice = self.slice(range)?;
-        let zeros = [0u8; PAGE_BYTES];
-        for page in 0..range.pages() as usize {
-            slice
-                .subslice(page * PAGE_BYTES, PAGE_BYTES)
-                .map_err(|error| VmError::Other(format!("no memory for {range}: {error}")))?
-                .copy_from(&zeros);
-        }
-        self.inner().populated.remove(range)?;
-        Ok(())
+        discard(&self.slice(range)?)
+            .map_err(|error| VmError::Os { what: format!("discarding {range}"), error })
     }
 
     fn place_page(&self, gfn: Gfn, data: &[u8; PAGE_BYTES]) -> Result<Placed, VmError> {
         let page = PageRange::new(gfn, 1)?;
-        let mut inner = self.inner();
-        if inner.populated.contains(page) {
+        if self.populated()?.contains(page) {
             return Ok(Placed::Already);
         }
         self.store(gfn, data)?;
-        inner.populated.insert(page)?;
         Ok(Placed::Now)
     }
 }

@@ -57,7 +57,6 @@ impl<R: Read + ReadGuest> RecordReader<R> {
         let runs = self.read_live_runs(header, memory.layout())?;
         let mut slices = Vec::with_capacity(runs.len());
         for run in &runs {
-            memory.populate_ahead(*run).map_err(|error| self.error(error))?;
             slices.push(memory.slice(*run).map_err(|error| self.error(error))?);
         }
         self.read_live_data(&slices)?;
@@ -109,11 +108,6 @@ impl<R: Read> RecordReader<R> {
             return Err(self.error(malformed(&what)));
         }
         Ok(runs)
-    }
-
-    /// Reads data of the record whose runs were read last into a buffer.
-    pub(crate) fn read_live_bytes(&mut self, buffer: &mut [u8]) -> Result<(), StreamError> {
-        read_exact(&mut self.inner, buffer).map_err(|problem| self.error(problem))
     }
 
     /// Accounts for a PAGES record whose data was read. Whole pages need no padding.

@@ -60,7 +60,6 @@ pub struct World {
     pub host: SimulatedHost,
     pub guard: Arc<RunGuard>,
     pub network: LocalNetwork,
-    pub first_touch: Option<migration::FirstTouch>,
     pub source_journal: Journal,
     pub destination_journal: Journal,
     _directory: tempfile::TempDir,
@@ -87,7 +86,6 @@ impl World {
             host: SimulatedHost::new(&guard),
             guard,
             network: LocalNetwork::new(),
-            first_touch: None,
             source_journal: journal("source"),
             destination_journal: journal("destination"),
             _directory: directory,
@@ -124,11 +122,8 @@ impl World {
         control: &SourceControl,
         arriving: &DestinationControl,
     ) -> Outcome {
-        let receive_options = DestinationOptions {
-            timing: timing(),
-            first_touch: self.first_touch,
-            ..DestinationOptions::default()
-        };
+        let receive_options =
+            DestinationOptions { timing: timing(), ..DestinationOptions::default() };
         let (report, arrival) = thread::scope(|scope| {
             let receiving = scope.spawn(|| {
                 receive(

@@ -100,31 +100,23 @@ fn device_writes_move_too() {
 }
 
 #[test]
-fn a_vm_moves_over_tcp_onto_a_memfd_however_it_is_filled() {
+fn a_vm_moves_over_tcp() {
     use migration::transport::{TcpAcceptor, TcpConnector};
-    use migration::FirstTouch;
-    for first_touch in [FirstTouch::Fill, FirstTouch::Populate] {
-        let mut world = World::new();
-        world.host = migration::simulated::SimulatedHost::on_memfd();
-        world.first_touch = Some(first_touch);
-        let listener = TcpAcceptor::bind("127.0.0.1:0").unwrap();
-        let connector = TcpConnector::new(listener.local_address().unwrap().to_string());
-        let options = migration::source::SourceOptions {
-            verify: true,
-            // Changed while it runs, below.
-            bandwidth: Some(1),
-            ..options(3)
-        };
-        let hooks = Hooks {
-            progress: &|_, control| control.set_bandwidth(Some(1 << 30)),
-            ..Hooks::default()
-        };
-        let outcome = under_load(&world.vm, 5, || {
-            world.migrate_over(&connector, &listener, &options, &hooks)
-        });
-        assert_complete(&outcome.report);
-        world.assert_moved();
-    }
+    let world = World::new();
+    let listener = TcpAcceptor::bind("127.0.0.1:0").unwrap();
+    let connector = TcpConnector::new(listener.local_address().unwrap().to_string());
+    let options = migration::source::SourceOptions {
+        verify: true,
+        // Changed while it runs, below.
+        bandwidth: Some(1),
+        ..options(3)
+    };
+    let hooks =
+        Hooks { progress: &|_, control| control.set_bandwidth(Some(1 << 30)), ..Hooks::default() };
+    let outcome =
+        under_load(&world.vm, 5, || world.migrate_over(&connector, &listener, &options, &hooks));
+    assert_complete(&outcome.report);
+    world.assert_moved();
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::error::Error;
 
 pub use figures::{json, markdown, median, Better, Figure, Row, Target};
 pub use host::{cpu_model, first_line, load_average, loopback_bytes, CpuMeter, CpuUsed};
-pub use process::{sync, Guest, Line, QemuMemory, Setup, Tools, Vmm, Wiring, GUEST_ERROR, LIMIT};
+pub use process::{sync, Guest, Line, Setup, Tools, Vmm, Wiring, GUEST_ERROR, LIMIT};
 pub use qmp::{time_of, wall_ms, Qmp};
 
 /// What a benchmark gives, or why it could not.

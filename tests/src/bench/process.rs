@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::qmp::Qmp;
 use super::Result;
+use crate::process::guest_resident;
 
 /// Longest wait for anything; far beyond what it takes.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -41,25 +42,6 @@ impl Vmm {
             Self::QemuRom => "QEMU microvm",
             Self::QemuFirmware => "QEMU microvm, qboot",
             Self::QemuUring => "QEMU microvm, aio=io_uring",
-        }
-    }
-}
-
-/// What QEMU's guest memory is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum QemuMemory {
-    /// Private and anonymous, as by default. Reading a page that was never written costs little.
-    Anonymous,
-    /// Shared and a memfd, as minivmm's, so that the two are accounted in the same way. Reading a
-    /// page that was never written allocates it.
-    Memfd,
-}
-
-impl QemuMemory {
-    fn backend(self) -> &'static str {
-        match self {
-            Self::Memfd => "memory-backend-memfd,share=on",
-            Self::Anonymous => "memory-backend-ram",
         }
     }
 }
@@ -152,7 +134,7 @@ impl Tools {
                 Guest::start(command, Wiring::Console)
             }
             Vmm::QemuRom | Vmm::QemuFirmware | Vmm::QemuUring => {
-                let mut command = self.qemu_command(vmm, setup, QemuMemory::Memfd);
+                let mut command = self.qemu_command(vmm, setup);
                 command.args(["-serial", "stdio"]);
                 Guest::start(command, Wiring::Console)
             }
@@ -168,7 +150,7 @@ impl Tools {
 
     /// Boots beacon in QEMU with a monitor, or has QEMU wait for `incoming`.
     pub fn qemu_with_monitor(&self, setup: &Setup, incoming: Option<&str>) -> Result<Guest> {
-        let mut command = self.qemu_command(Vmm::QemuRom, setup, QemuMemory::Memfd);
+        let mut command = self.qemu_command(Vmm::QemuRom, setup);
         command.args(["-qmp", "stdio", "-serial", "file:/dev/stderr"]);
         if let Some(from) = incoming {
             command.args(["-incoming", from]);
@@ -178,18 +160,12 @@ impl Tools {
 
     /// Boots beacon in QEMU with the console on pipes and a monitor beside it, or has QEMU wait to
     /// be told where an incoming VM comes from. `name` tells QEMUs of one time apart.
-    pub fn qemu_movable(
-        &self,
-        name: &str,
-        setup: &Setup,
-        memory: QemuMemory,
-        incoming: bool,
-    ) -> Result<Guest> {
+    pub fn qemu_movable(&self, name: &str, setup: &Setup, incoming: bool) -> Result<Guest> {
         let socket = self.runtime.join(format!("{name}.qmp"));
         if socket.exists() {
             fs::remove_file(&socket)?;
         }
-        let mut command = self.qemu_command(Vmm::QemuRom, setup, memory);
+        let mut command = self.qemu_command(Vmm::QemuRom, setup);
         command.args(["-serial", "stdio", "-qmp"]);
         command.arg(format!("unix:{},server=on,wait=off", socket.display()));
         if incoming {
@@ -211,7 +187,7 @@ impl Tools {
         Ok(guest)
     }
 
-    fn qemu_command(&self, vmm: Vmm, setup: &Setup, memory: QemuMemory) -> Command {
+    fn qemu_command(&self, vmm: Vmm, setup: &Setup) -> Command {
         let file = |name| self.runtime.join(name);
         let mut command = Command::new(QEMU);
         // As in beacon's README.
@@ -220,7 +196,7 @@ impl Tools {
             .args(["-machine", "microvm,memory-backend=ram"])
             .args(["-m", &setup.memory_mib.to_string(), "-smp", &setup.cpus.to_string()])
             .arg("-object")
-            .arg(format!("{},id=ram,size={}M", memory.backend(), setup.memory_mib))
+            .arg(format!("memory-backend-ram,id=ram,size={}M", setup.memory_mib))
             .arg("-kernel")
             .arg(file("beacon.elf"))
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
@@ -406,6 +382,12 @@ impl Guest {
         let line = status.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
         let number = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
         number.ok_or_else(|| format!("{path} has no {field}").into())
+    }
+
+    /// Resident memory of the process that is not the guest's, MiB.
+    pub fn overhead_mib(&self) -> Result<f64> {
+        let own = self.status("RssAnon")? + self.status("RssFile")?;
+        Ok((own * 1024.0 - guest_resident(self.process.id())? as f64) / f64::from(1 << 20))
     }
 
     /// Waits until the process has ended by itself.

@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use crate::process::{wait, Collected, Finished};
+use crate::process::{guest_resident, wait, Collected, Finished};
 
 /// How long anything may take: in the lab, a kernel boots ten times as slowly as elsewhere.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -42,13 +42,10 @@ impl Linux {
         Self { child, command: text, input, lines, seen: VecDeque::new(), stderr }
     }
 
-    /// Guest memory that the host has in use, bytes: it is shared memory of the process (proc(5)).
+    /// Guest memory that the host has in use, bytes.
     #[must_use]
     pub fn resident(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.child.id());
-        let status = std::fs::read_to_string(&path).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+        guest_resident(self.child.id()).unwrap()
     }
 
     /// Waits until the guest's `init` takes commands.

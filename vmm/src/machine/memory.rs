@@ -1,5 +1,4 @@
 //! The machine's memory as the migration engine sees it.
-#![allow(unsafe_code)] // madvise
 
 use std::io;
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use vm_memory::VolatileSlice;
 
 use super::Machine;
 use crate::kvm::{clear_dirty_log, set_dirty_logging};
-use crate::memory::{GuestRam, RamRegion, HUGE_PAGE_SIZE, PAGE_SIZE};
+use crate::memory::{GuestRam, RamRegion, PAGE_SIZE};
 
 pub(super) fn layout_of(ram: &GuestRam) -> Arc<MemoryLayout> {
     let ranges = ram
@@ -55,25 +54,6 @@ impl Machine {
             }
         }
         Err(other(format!("no memory at {gpa:#x}")))
-    }
-
-    /// Populates a range by madvise(2), where the kernel can.
-    fn populate(&self, range: PageRange, advice: i32) -> Result<(), VmError> {
-        let slice = self.slice(range)?;
-        let at = slice.ptr_guard_mut().as_ptr();
-        // SAFETY: the range is inside our own mapping; populating changes no contents.
-        let rc = unsafe { libc::madvise(at.cast(), slice.len(), advice) };
-        if rc == 0 {
-            return Ok(());
-        }
-        match io::Error::last_os_error() {
-            // A kernel before 5.14: pages come as they are touched.
-            error if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            error => Err(VmError::Os {
-                what: format!("populating {} bytes of guest memory", range.bytes()),
-                error,
-            }),
-        }
     }
 }
 
@@ -174,46 +154,28 @@ impl VmControl for Machine {
 }
 
 impl DestinationMemory for Machine {
-    fn populate_ahead(&self, range: PageRange) -> Result<(), VmError> {
-        self.populate(range, libc::MADV_POPULATE_WRITE)
-    }
-
     fn fill(&self, range: PageRange, data: &[u8]) -> Result<(), VmError> {
         if self.is_ending() {
             return Err(other("given up: an operator ended the VM"));
         }
-        let (_, region, first) = self.slot_of(range)?;
         if data.len() as u64 != range.bytes() {
             return Err(other(format!("{} bytes for {range}", data.len())));
         }
-        let offset = region.file_offset + first * PAGE_SIZE;
-        let written = self.ram.write_to_file(offset, data).map_err(|error| VmError::Os {
-            what: format!("writing {} bytes of guest memory", range.bytes()),
-            error,
-        })?;
-        if written {
-            // Maps the pages that are there now, many at a time and writable: shared memory has
-            // no need of a fault to see the first write.
-            return self.populate(range, libc::MADV_POPULATE_READ);
-        }
-        self.populate_ahead(range)?;
         self.slice(range)?.copy_from(data);
         Ok(())
     }
 
     fn zero(&self, range: PageRange) -> Result<(), VmError> {
-        let (_, region, first) = self.slot_of(range)?;
-        let offset = region.file_offset + first * PAGE_SIZE;
-        if self.ram.hugepages() && (offset | range.bytes()) % HUGE_PAGE_SIZE != 0 {
-            // A hole in hugetlbfs is whole huge pages, and before Linux 6.0 a smaller one is
-            // silently none.
+        self.layout.index_range(range)?;
+        if self.ram.hugepages() {
+            // hugetlbfs gives back whole huge pages only.
             let slice = self.slice(range)?;
             for at in (0..slice.len()).step_by(PAGE_BYTES) {
                 slice.subslice(at, PAGE_BYTES).map_err(other)?.copy_from(&[0_u8; PAGE_BYTES][..]);
             }
             return Ok(());
         }
-        self.ram.punch(offset, range.bytes()).map_err(|error| VmError::Os {
+        self.ram.discard(range.gpa().0, range.bytes()).map_err(|error| VmError::Os {
             what: format!("discarding {} bytes of guest memory", range.bytes()),
             error,
         })

@@ -151,11 +151,7 @@ impl VirtioSet {
             set.slots.push(socket(&set.slots).plug("rng", rng, counters, |_| Ok(None))?.0);
         }
         if let Some(balloon) = config.balloon {
-            let discard = parts
-                .ram
-                .discarder()
-                .map_err(|error| VirtioError::Setup { device: "the balloon".to_owned(), error })?;
-            let balloon = Balloon::new(discard, balloon.deflate_on_oom);
+            let balloon = Balloon::new(parts.ram.discarder(), balloon.deflate_on_oom);
             let counters = counters!(
                 balloon.metrics(),
                 target_pages,

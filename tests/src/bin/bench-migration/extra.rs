@@ -1,6 +1,6 @@
 //! What must not cost: RAM that is not in use, and having been moved before.
 
-use ::tests::bench::{Guest, Result};
+use ::tests::bench::Result;
 use serde::Serialize;
 use serde_json::json;
 
@@ -59,11 +59,11 @@ pub struct Growth {
     pub error: Option<String>,
 }
 
-/// Whether growth of its process can be measured.
+/// Whether growth of its process is measured.
 pub fn can_grow(subject: Subject) -> bool {
     match subject {
         Subject::Minivmm { connections } => connections == 1,
-        Subject::Qemu { multifd: None, .. } => subject.is_memfd(),
+        Subject::Qemu { multifd } => multifd.is_none(),
         _ => false,
     }
 }
@@ -90,7 +90,7 @@ fn chain(bench: &Bench, growth: &mut Growth, moves: usize) -> Result<()> {
             guest.end()?;
         }
         guest = incoming.guest;
-        growth.overhead_mib.push(overhead_mib(&guest)?);
+        growth.overhead_mib.push(guest.overhead_mib()?);
     }
     let mut sample = Sample::new(cell, subject, 1, 0);
     sample.guest = guest.ask("report", "report")?;
@@ -100,12 +100,6 @@ fn chain(bench: &Bench, growth: &mut Growth, moves: usize) -> Result<()> {
     }
     run::verify(&sample, &mut guest)?;
     guest.end()
-}
-
-/// Only where the guest's memory is shared memory is it told from the process' own: see
-/// [`can_grow`].
-fn overhead_mib(guest: &Guest) -> Result<f64> {
-    Ok((guest.status("RssAnon")? + guest.status("RssFile")?) / 1024.0)
 }
 
 impl Growth {

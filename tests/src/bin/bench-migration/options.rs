@@ -14,9 +14,7 @@ Usage: bench-migration [--quick] [--parts LIST] [--cells LIST] [--subjects LIST]
   --cells LIST     MIB/PAGES_PER_SECOND: working set and dirty rate
                    [default: 16, 256 and 700 MiB, each with 0, 10k and 100k]
   --subjects LIST  baseline, raw-copy, minivmm-1, minivmm-4, qemu-precopy, qemu-multifd,
-                   qemu-precopy-memfd, qemu-multifd-memfd; minivmm and qemu mean two of theirs
-                   [default: all but those with -memfd, in which QEMU is much slower:
-                   it allocates all of a memfd when it looks for zeros]
+                   minivmm and qemu mean both of theirs [default: all]
   --runs N         that count; one before them warms up [default: 5]
   --quick          two cells, two runs, short windows: a look, no figures
   --json FILE      write all samples to FILE
@@ -72,7 +70,6 @@ impl Options {
         let (mut quick, mut json, mut runs) = (false, None, None);
         let mut parts = PARTS.map(|(_, part)| part).to_vec();
         let mut subjects = Subject::ALL.to_vec();
-        subjects.retain(|subject| !subject.is_memfd());
         let mut cells = None;
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().ok_or(format!("{argument} needs a value\n{USAGE}"));

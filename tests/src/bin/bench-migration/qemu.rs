@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ::tests::bench::{Guest, QemuMemory, Qmp, Result, Setup, Tools};
+use ::tests::bench::{Guest, Qmp, Result, Setup, Tools};
 use serde_json::{json, Value};
 
 use crate::subject::{Incoming, Moved, Subject, Told};
@@ -17,14 +17,14 @@ const TELLS: Duration = Duration::from_secs(5);
 
 /// Boots beacon, ready to be migrated.
 pub fn boot(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Result<Guest> {
-    let mut guest = tools.qemu_movable(name, setup, memory(subject), false)?;
+    let mut guest = tools.qemu_movable(name, setup, false)?;
     prepare(guest.qmp()?, subject)?;
     Ok(guest)
 }
 
 /// A QEMU that listens.
 pub fn receive(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Result<Incoming> {
-    let mut guest = tools.qemu_movable(name, setup, memory(subject), true)?;
+    let mut guest = tools.qemu_movable(name, setup, true)?;
     let qmp = guest.qmp()?;
     prepare(qmp, subject)?;
     qmp.command("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
@@ -36,13 +36,6 @@ pub fn receive(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Re
     }
 }
 
-fn memory(subject: Subject) -> QemuMemory {
-    match subject {
-        Subject::Qemu { memory, .. } => memory,
-        _ => QemuMemory::Memfd,
-    }
-}
-
 /// Both sides need the same.
 fn prepare(qmp: &mut Qmp, subject: Subject) -> Result<()> {
     let mut capabilities = vec![json!({ "capability": "events", "state": true })];
@@ -50,7 +43,7 @@ fn prepare(qmp: &mut Qmp, subject: Subject) -> Result<()> {
         "max-bandwidth": UNLIMITED,
         "downtime-limit": DOWNTIME_LIMIT_MS,
     });
-    if let Subject::Qemu { multifd: Some(channels), .. } = subject {
+    if let Subject::Qemu { multifd: Some(channels) } = subject {
         capabilities.push(json!({ "capability": "multifd", "state": true }));
         parameters["multifd-channels"] = json!(channels);
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use ::tests::bench::{Guest, QemuMemory, Result, Setup, Tools, Vmm};
+use ::tests::bench::{Guest, Result, Setup, Tools, Vmm};
 use serde::Serialize;
 
 use crate::sample::Quantity;
@@ -25,22 +25,18 @@ pub enum Subject {
     Qemu {
         /// Channels of multifd; `None` without multifd.
         multifd: Option<u8>,
-        /// What guest memory is.
-        memory: QemuMemory,
     },
 }
 
 impl Subject {
     /// All, in the order of tables.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 6] = [
         Self::Baseline,
         Self::RawCopy,
         Self::Minivmm { connections: 1 },
         Self::Minivmm { connections: 4 },
-        Self::Qemu { multifd: None, memory: QemuMemory::Anonymous },
-        Self::Qemu { multifd: Some(4), memory: QemuMemory::Anonymous },
-        Self::Qemu { multifd: None, memory: QemuMemory::Memfd },
-        Self::Qemu { multifd: Some(4), memory: QemuMemory::Memfd },
+        Self::Qemu { multifd: None },
+        Self::Qemu { multifd: Some(4) },
     ];
 
     /// What `--subjects` calls it.
@@ -49,11 +45,8 @@ impl Subject {
             Self::Baseline => "baseline".into(),
             Self::RawCopy => "raw-copy".into(),
             Self::Minivmm { connections } => format!("minivmm-{connections}"),
-            Self::Qemu { multifd, memory } => {
-                let how = if multifd.is_some() { "multifd" } else { "precopy" };
-                let memory = if memory == QemuMemory::Memfd { "-memfd" } else { "" };
-                format!("qemu-{how}{memory}")
-            }
+            Self::Qemu { multifd: Some(_) } => "qemu-multifd".into(),
+            Self::Qemu { multifd: None } => "qemu-precopy".into(),
         }
     }
 
@@ -62,7 +55,7 @@ impl Subject {
         let mut named = Self::ALL.to_vec();
         named.retain(|subject| match word {
             "minivmm" => subject.is_minivmm(),
-            "qemu" => subject.is_qemu() && !subject.is_memfd(),
+            "qemu" => subject.is_qemu(),
             _ => subject.key() == word,
         });
         named
@@ -76,11 +69,6 @@ impl Subject {
     /// Whether it is QEMU's.
     pub fn is_qemu(self) -> bool {
         matches!(self, Self::Qemu { .. })
-    }
-
-    /// Whether it is QEMU with memory like minivmm's.
-    pub fn is_memfd(self) -> bool {
-        matches!(self, Self::Qemu { memory: QemuMemory::Memfd, .. })
     }
 
     /// The VMM that runs its guest, if that is `without` for those that need none.
@@ -130,16 +118,8 @@ impl fmt::Display for Subject {
             Self::RawCopy => write!(f, "raw TCP copy"),
             Self::Minivmm { connections: 1 } => write!(f, "minivmm, 1 connection"),
             Self::Minivmm { connections } => write!(f, "minivmm, {connections} connections"),
-            Self::Qemu { multifd, memory } => {
-                match multifd {
-                    None => write!(f, "QEMU pre-copy")?,
-                    Some(channels) => write!(f, "QEMU multifd {channels}")?,
-                }
-                match memory {
-                    QemuMemory::Memfd => write!(f, ", memfd"),
-                    QemuMemory::Anonymous => Ok(()),
-                }
-            }
+            Self::Qemu { multifd: None } => write!(f, "QEMU pre-copy"),
+            Self::Qemu { multifd: Some(channels) } => write!(f, "QEMU multifd {channels}"),
         }
     }
 }
@@ -275,7 +255,7 @@ mod tests {
     fn words_mean_one_or_all_of_a_vmm() {
         assert_eq!(Subject::named("minivmm").len(), 2);
         assert_eq!(Subject::named("qemu").len(), 2);
-        let precopy = Subject::Qemu { multifd: None, memory: QemuMemory::Anonymous };
+        let precopy = Subject::Qemu { multifd: None };
         assert_eq!(Subject::named("qemu-precopy"), [precopy]);
         assert_eq!(Subject::named("baseline"), [Subject::Baseline]);
         assert_eq!(Subject::named("xen"), []);

@@ -111,11 +111,10 @@ mod tests {
     use crate::sample::tests::{sample, CELL};
     use crate::sample::{ROUNDS, SWITCH_GAP, TOTAL};
     use crate::verdict;
-    use ::tests::bench::QemuMemory;
 
     #[test]
     fn a_cell_shows_who_was_measured_and_what_there_is() {
-        let qemu = Subject::Qemu { multifd: None, memory: QemuMemory::Anonymous };
+        let qemu = Subject::Qemu { multifd: None };
         let mut samples = vec![
             sample(Subject::Baseline, 1, &[]),
             sample(qemu, 1, &[(SWITCH_GAP, 4.0), (TOTAL, 0.25)]),
@@ -147,7 +146,7 @@ mod tests {
     #[test]
     fn a_verdict_is_one_line() {
         let minivmm = Subject::Minivmm { connections: 4 };
-        let qemu = Subject::Qemu { multifd: Some(4), memory: QemuMemory::Anonymous };
+        let qemu = Subject::Qemu { multifd: Some(4) };
         let samples = [sample(minivmm, 1, &[(TOTAL, 0.1)]), sample(qemu, 1, &[(TOTAL, 0.2)])];
         let found = verdict::of_cell(&samples, CELL);
         let text = verdicts(&found);

@@ -124,11 +124,10 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::sample::tests::{sample, CELL};
-    use ::tests::bench::QemuMemory;
 
     const ONE: Subject = Subject::Minivmm { connections: 1 };
-    const QEMU: Subject = Subject::Qemu { multifd: None, memory: QemuMemory::Anonymous };
-    const MULTIFD: Subject = Subject::Qemu { multifd: Some(4), memory: QemuMemory::Anonymous };
+    const QEMU: Subject = Subject::Qemu { multifd: None };
+    const MULTIFD: Subject = Subject::Qemu { multifd: Some(4) };
 
     fn samples() -> Vec<Sample> {
         vec![

@@ -63,7 +63,7 @@ fn first_instruction_ms(guest: &Guest, boot: &Line, read: u64) -> std::result::R
     Ok((entry - guest.begun_tsc) as f64 / khz as f64)
 }
 
-/// Memory that the process takes beyond the guest's, which is shared memory in both VMMs.
+/// Memory that the process takes beyond the guest's.
 pub fn overhead(bench: &Bench) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for cpus in [1, 2] {
@@ -76,8 +76,7 @@ pub fn overhead(bench: &Bench) -> Result<Vec<Row>> {
         let figures = alternate(bench, &[Vmm::Minivmm, Vmm::QemuRom], bench.runs(), 2, |vmm| {
             let mut guest = bench.tools.boot(vmm, "overhead", &setup)?;
             guest.event("ready")?;
-            let kib = guest.status("RssAnon")? + guest.status("RssFile")?;
-            let samples = vec![Ok(kib / 1024.0), Ok(guest.status("Threads")?)];
+            let samples = vec![Ok(guest.overhead_mib()?), Ok(guest.status("Threads")?)];
             guest.end()?;
             Ok(samples)
         })?;
