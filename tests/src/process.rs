@@ -15,6 +15,9 @@ use crate::PATIENCE;
 /// Most bytes of a process' output that are kept; what comes first and goes beyond is dropped.
 const KEPT: usize = 256 << 10;
 
+/// What `minivmm receive` writes to standard error before its address.
+pub const LISTENING: &str = "listening on ";
+
 /// A process that has ended.
 #[derive(Debug)]
 pub struct Finished {
@@ -80,6 +83,14 @@ impl Collected {
     pub fn so_far(&self) -> String {
         let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The rest of the first complete line that has `mark` in it, after the mark.
+    pub fn after(&self, mark: &str) -> Option<String> {
+        let log = self.so_far();
+        let lines = log.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+        let mut found = lines.filter_map(|line| Some(line.split_once(mark)?.1.to_owned()));
+        found.next()
     }
 
     /// All of it. The process that writes has ended.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde_json::Value;
 
 use crate::beacon::{goes_on, number, Console};
-use crate::process::{wait, Collected, Finished};
+use crate::process::{wait, Collected, Finished, LISTENING};
 use crate::PATIENCE;
 
 /// A running `minivmm run` or `minivmm restore`. Killed when dropped.
@@ -133,14 +133,10 @@ impl Vm {
     pub fn listens_at(&self) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let log = self.log();
-            let lines = log.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-            let mut found =
-                lines.filter_map(|line| line.split_once("listening on ")?.1.lines().next());
-            if let Some(address) = found.next() {
-                return address.to_owned();
+            if let Some(address) = self.stderr.after(LISTENING) {
+                return address;
             }
-            assert!(Instant::now() < deadline, "it does not listen: {log}");
+            assert!(Instant::now() < deadline, "it does not listen: {}", self.log());
             std::thread::yield_now();
         }
     }

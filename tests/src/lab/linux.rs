@@ -7,14 +7,14 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use crate::process::{guest_resident, wait, Collected, Finished};
+use crate::process::{guest_resident, wait, Collected, Finished, LISTENING};
 
 /// How long anything may take: in the lab, a kernel boots ten times as slowly as elsewhere.
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Lines of the console shown when a test fails.
 const SHOWN: usize = 80;
 
-/// A running `minivmm run` or `restore` whose guest is the Linux image. Killed when dropped.
+/// A running `minivmm run`, `restore` or `receive` whose guest is the Linux image. Killed when dropped.
 #[derive(Debug)]
 pub struct Linux {
     child: Child,
@@ -40,6 +40,19 @@ impl Linux {
         let stderr = Collected::from(child.stderr.take().unwrap());
         let input = child.stdin.take();
         Self { child, command: text, input, lines, seen: VecDeque::new(), stderr }
+    }
+
+    /// Waits until it listens for VMs, and tells where.
+    #[track_caller]
+    pub fn listens_at(&self) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(address) = self.stderr.after(LISTENING) {
+                return address;
+            }
+            assert!(Instant::now() < deadline, "it does not listen: {}", self.stderr.so_far());
+            std::thread::yield_now();
+        }
     }
 
     /// Guest memory that the host has in use, bytes.

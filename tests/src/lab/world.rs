@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 
 use super::{image, program, Lab, IMAGE};
 use crate::binary;
+use crate::process::finish;
 use crate::suite::Need;
 
 /// Where the lab has what it brings.
@@ -24,7 +25,7 @@ impl Lab {
             "export MINIVMM_BIN={INSIDE}/minivmm MINIVMM_LINUX_IMAGE={INSIDE}\n\
              export PATH={INSIDE}:$PATH\n{script}"
         );
-        let mut lab = Self::new(script).modules(&["kvm-amd", "tun"]);
+        let mut lab = Self::new(script).modules(&["kvm-amd", "tun", "bridge"]);
         for name in IMAGE {
             lab = lab.file(&format!("{INSIDE}/{name}"), image(name));
         }
@@ -36,10 +37,13 @@ impl Lab {
     }
 }
 
-/// Runs this program again, with the same arguments, in a network namespace of its own: whatever it
+/// Runs this program again, with the same arguments, in a network namespace of its own, with loopback: whatever it
 /// does to interfaces is gone with it. `None` in the process that is there already.
 pub(super) fn isolated() -> Option<ExitCode> {
     if std::env::var_os(ISOLATED).is_some() {
+        let mut up = Command::new(program("ip").unwrap());
+        up.args(["link", "set", "lo", "up"]);
+        finish(up, b"").ok();
         return None;
     }
     let mut command = unshare();
