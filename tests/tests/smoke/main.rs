@@ -1,5 +1,5 @@
 //! Real Linux guests: they boot each way there is, on one and two vCPUs, use every device, reboot,
-//! switch off, and go on after a restore with their clocks right.
+//! switch off, and go on after a restore or a migration with their clocks right.
 //!
 //! Where the processor has no SVM or VMX, the tests run in the lab (`tests::lab`). Each boots a
 //! guest of its own, which takes seconds there: hence few tests that look at much.
@@ -9,6 +9,7 @@ mod boot;
 mod console;
 mod disk;
 mod guest;
+mod moved;
 mod network;
 mod saved;
 
@@ -25,6 +26,7 @@ const SUITE: LabSuite = LabSuite {
         ("two_vcpus_find_their_files_after_a_reboot", disk::reboot),
         ("a_tap_carries_ping_and_tcp_and_has_a_cable", network::tap),
         ("a_saved_guest_with_all_devices_goes_on_in_a_new_process", saved::save_and_restore),
+        ("a_guest_at_work_is_migrated_live_there_and_back", moved::there_and_back),
     ],
 };
 

@@ -48,6 +48,34 @@ fn ip(arguments: &[&str]) {
     finish(command, b"").ok();
 }
 
+/// A bridge with an address and taps as its ports, as a switch between hosts is; gone when dropped.
+pub struct Switch {
+    name: &'static str,
+    taps: &'static [&'static str],
+}
+
+impl Switch {
+    pub fn new(name: &'static str, taps: &'static [&'static str]) -> Self {
+        ip(&["link", "add", name, "type", "bridge"]);
+        let switch = Self { name, taps };
+        for tap in taps {
+            ip(&["tuntap", "add", "dev", tap, "mode", "tap"]);
+            ip(&["link", "set", tap, "master", name, "up"]);
+        }
+        ip(&["address", "add", &format!("{HOST}/24"), "dev", name]);
+        ip(&["link", "set", name, "up"]);
+        switch
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        for name in self.taps.iter().chain([&self.name]) {
+            let _ = Command::new(program("ip").unwrap()).args(["link", "del", name]).status();
+        }
+    }
+}
+
 /// Waits for the guest to connect.
 fn accept(listener: &TcpListener) -> TcpStream {
     listener.set_nonblocking(true).unwrap();
