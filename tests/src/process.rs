@@ -171,6 +171,21 @@ pub fn finish(mut command: Command, input: &[u8]) -> Finished {
     }
 }
 
+/// Resident memory of a VMM that is its guest's, bytes. Both minivmm and QEMU advise huge pages for it
+/// (`hg` in VmFlags of proc(5), smaps), and for nothing else.
+pub fn guest_resident(pid: u32) -> std::io::Result<u64> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut resident, mut total) = (0, 0);
+    for line in maps.lines() {
+        if let Some(size) = line.strip_prefix("Rss:") {
+            resident = size.trim().trim_end_matches(" kB").parse().unwrap_or(0);
+        } else if line.starts_with("VmFlags:") && line.split_whitespace().any(|flag| flag == "hg") {
+            total += resident;
+        }
+    }
+    Ok(total << 10)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,19 +204,4 @@ mod tests {
         let status = wait(&mut child, PATIENCE).expect("it is gone");
         assert_eq!(status.signal(), Some(9));
     }
-}
-
-/// Resident memory of a VMM that is its guest's, bytes. Both minivmm and QEMU advise huge pages for it
-/// (`hg` in VmFlags of proc(5), smaps), and for nothing else.
-pub fn guest_resident(pid: u32) -> std::io::Result<u64> {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let (mut resident, mut total) = (0, 0);
-    for line in maps.lines() {
-        if let Some(size) = line.strip_prefix("Rss:") {
-            resident = size.trim().trim_end_matches(" kB").parse().unwrap_or(0);
-        } else if line.starts_with("VmFlags:") && line.split_whitespace().any(|flag| flag == "hg") {
-            total += resident;
-        }
-    }
-    Ok(total << 10)
 }
