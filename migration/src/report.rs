@@ -61,7 +61,7 @@ pub enum Outcome {
 }
 
 /// One live round.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RoundReport {
     /// Counted from 0.
     pub number: u32,
@@ -81,6 +81,10 @@ pub struct RoundReport {
     /// What the pause would be if it began now; an estimate.
     #[serde(rename = "predicted_pause_us", with = "micros")]
     pub predicted_pause: Duration,
+    /// The share of time that each vCPU was allowed to run; empty where nothing was slowed down.
+    pub vcpu_run: Vec<f64>,
+    /// What each vCPU wrote, pages per second, roughly; empty where nobody counts.
+    pub vcpu_dirty_pages_per_second: Vec<f64>,
 }
 
 /// The pause and its parts, one after the other, as the source sees them; the last three are the
@@ -151,6 +155,8 @@ pub struct Report {
     pub setup: Duration,
     /// The live rounds.
     pub rounds: Vec<RoundReport>,
+    /// Why it did not converge by itself, if so.
+    pub stall: Option<String>,
     /// The pause, if the guest was paused and the destination runs it.
     pub pause: Option<PauseReport>,
     /// Bytes on each page connection.

@@ -233,6 +233,23 @@ pub trait SourceVm: GuestMemory + DirtySource + VmControl + VmState {
         Duration::from_millis(1)
     }
 
+    /// How many vCPUs it has.
+    fn vcpus(&self) -> usize {
+        1
+    }
+
+    /// How many first writes to a page since it was cleared each vCPU has made so far, roughly; `None`
+    /// where nobody counts.
+    fn write_counts(&self) -> Option<Vec<u64>> {
+        None
+    }
+
+    /// Lets vCPU n run the share `run[n]` of the time, above 0 and at most 1; those beyond the end of
+    /// `run`, with an empty one all, run without a limit.
+    fn throttle(&self, run: &[f64]) {
+        let _ = run;
+    }
+
     /// Brings the disks' caches to the disk, during the last live round: so little is left for the
     /// pause.
     ///

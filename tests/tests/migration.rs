@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         a_source_that_is_killed_is_told_at_the_destination,
         a_cancelled_migration_leaves_the_guest_running,
         the_bandwidth_is_changed_under_way,
+        a_guest_that_writes_faster_than_the_bandwidth_is_slowed_down,
         a_guest_that_reboots_under_way_arrives,
         a_guest_that_powers_off_under_way_ends_here,
         an_operator_ends_a_vm_under_way,
@@ -269,6 +270,47 @@ fn the_bandwidth_is_changed_under_way() {
     assert_eq!(finished.code, Some(0), "{finished:#?}");
     destination.goes_on_after_pauses(1, &before);
     destination.verify();
+}
+
+/// Threads of a process by this name.
+fn threads(pid: u32, name: &str) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let named = |path: std::path::PathBuf| std::fs::read_to_string(path.join("comm")).ok();
+    tasks.filter_map(|task| named(task.unwrap().path())).filter(|comm| comm.trim() == name).count()
+}
+
+fn a_guest_that_writes_faster_than_the_bandwidth_is_slowed_down() {
+    // One vCPU writes all of its 16 MiB again and again, the other one nothing.
+    const WRITER: &str = "ws=16 dirty=50000 pattern=random report=250 pace=0";
+    // The pause is not capped, so it has to be short to need it.
+    const SLOW: [&str; 6] = ["--bandwidth", "20M", "--downtime", "5ms", "--on-stall", "throttle"];
+    let host = Host::new();
+    let mut source = host.run(WRITER, &[]).ready();
+    let (abandoned, to) = host.receive(&[]);
+    // Cancelled once it is slowed down, it is as fast as before.
+    let mut command = host.command(&[&["migrate", "vm", "--to", &to], &SLOW[..]].concat());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while threads(source.pid(), "throttle") == 0 {
+        assert!(Instant::now() < deadline && child.try_wait().unwrap().is_none());
+        std::thread::yield_now();
+    }
+    host.ok(&["cancel", "vm"]);
+    assert_eq!(tests::wait(&mut child, PATIENCE).unwrap().code(), Some(1));
+    assert_eq!(threads(source.pid(), "throttle"), 0);
+    runs_on(&mut source);
+    drop(abandoned);
+
+    let (mut destination, to) = host.receive(&[]);
+    let report = migrate(&host, &to, &[&SLOW[..], &["--verify"]].concat());
+    assert!(report["stall"].as_str().unwrap().contains("pages/s"), "{report}");
+    let runs = |round: &Value| round["vcpu_run"][0].as_f64();
+    let slowest = report["rounds"].as_array().unwrap().iter().filter_map(runs).fold(1.0, f64::min);
+    assert!((0.1..1.0).contains(&slowest), "{report}");
+    source.ends_well();
+    assert_eq!(threads(destination.pid(), "throttle"), 0);
+    runs_on(&mut destination);
 }
 
 fn a_guest_that_reboots_under_way_arrives() {

@@ -88,6 +88,20 @@ impl Gate {
         }
     }
 
+    /// Called by a vCPU thread that is to rest: returns after `rest`, or as soon as it is to do anything but run.
+    pub fn rest(&self, rest: Duration) {
+        let deadline = Instant::now() + rest;
+        let mut inner = self.lock();
+        while inner.target == Target::Run {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            inner =
+                self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Waits until all threads are parked or have ended; `kick` is called again now and then
     /// for those that are not. False when the time is over.
     #[must_use]

@@ -21,6 +21,7 @@ pub mod run;
 pub mod runtime_dir;
 pub mod snapshot;
 pub mod state_dir;
+pub mod throttle;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm_handle;

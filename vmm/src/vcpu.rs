@@ -9,6 +9,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use devices::bus::Bus;
 use kvm_bindings::{kvm_run, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
@@ -17,7 +18,7 @@ use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
 use crate::control::{UnmappedStats, VcpuStats};
 use crate::gate::Gate;
-use crate::kvm::VcpuKvm;
+use crate::kvm::{VcpuCounter, VcpuKvm};
 use crate::layout;
 
 /// Something that a vCPU thread tells the machine.
@@ -93,7 +94,14 @@ pub struct Vcpu {
     exits: AtomicU64,
     pio: AtomicU64,
     mmio: AtomicU64,
+    /// How long to rest before guest code runs again, ns.
+    rest: AtomicU64,
+    /// Writes that the dirty log noticed, where KVM counts them.
+    write_faults: Option<VcpuCounter>,
 }
+
+/// Page faults that KVM resolved: while writes are tracked, nearly all are first writes to a page.
+const WRITE_FAULTS: [&str; 2] = ["pf_fixed", "pf_fast"];
 
 thread_local! {
     /// The `kvm_run` page of the vCPU that this thread runs, for the signal handler.
@@ -121,7 +129,12 @@ impl Vcpu {
     /// A vCPU without a thread yet.
     #[must_use]
     pub fn new(kvm: VcpuKvm) -> Self {
+        let write_faults = VcpuCounter::open(&kvm.fd, &WRITE_FAULTS)
+            .inspect_err(|error| tracing::debug!(%error, "writes are not counted by vCPU"))
+            .ok();
         Self {
+            write_faults,
+            rest: AtomicU64::new(0),
             kvm: Mutex::new(kvm),
             thread: Mutex::default(),
             tid: AtomicU32::new(0),
@@ -155,6 +168,17 @@ impl Vcpu {
             // A thread that has ended is past kicking.
             let _ = thread.kill(SIGRTMIN());
         }
+    }
+
+    /// Has the thread rest for so long before it runs guest code again. Who sets it kicks the thread.
+    pub fn rest(&self, rest: Duration) {
+        let ns = u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX);
+        self.rest.store(ns, Ordering::Relaxed);
+    }
+
+    /// How many first writes to pages KVM has seen; `None` where it does not count them.
+    pub fn write_faults(&self) -> Option<u64> {
+        self.write_faults.as_ref()?.read().ok()
     }
 
     /// Waits for the thread to end.
@@ -193,6 +217,11 @@ impl Vcpu {
                     break;
                 }
                 kvm = self.kvm();
+                continue;
+            }
+            let rest = self.rest.swap(0, Ordering::Relaxed);
+            if rest > 0 {
+                context.gate.rest(Duration::from_nanos(rest));
                 continue;
             }
             self.enter(&mut kvm, page, context);

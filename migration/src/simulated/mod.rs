@@ -101,10 +101,16 @@ struct Inner {
     /// How often each still fails.
     failures: HashMap<Operation, usize>,
     paused_by_operator: bool,
+    /// How often somebody asked who writes.
+    looks: u64,
+    /// All that was said about slowing down.
+    throttles: Vec<Vec<f64>>,
     /// Whether this VM owns its disks.
     owns_disks: bool,
     /// Written when the state is taken, as KVM writes its clocks.
     clock_page: Option<Gfn>,
+    /// Written again as soon as it is cleared.
+    eager: Option<Gfn>,
 }
 
 impl Inner {
@@ -137,8 +143,11 @@ impl SimulatedVm {
             guard: None,
             failures: HashMap::new(),
             paused_by_operator: false,
+            looks: 0,
+            throttles: Vec::new(),
             owns_disks: true,
             clock_page: None,
+            eager: None,
         };
         Ok(Self { layout, regions, inner: Mutex::new(inner) })
     }
@@ -210,6 +219,11 @@ impl SimulatedVm {
         inner.set_running(!paused);
     }
 
+    /// From now on the running guest writes this page again as soon as it is cleared.
+    pub fn set_eager(&self, gfn: Gfn) {
+        self.inner().eager = Some(gfn);
+    }
+
     /// Taking the state will write to this page.
     pub fn set_clock_page(&self, gfn: Gfn) {
         self.inner().clock_page = Some(gfn);
@@ -258,6 +272,11 @@ impl SimulatedVm {
     /// Sets what [`VmState::save_sections`] gives.
     pub fn set_sections(&self, sections: Vec<Section>) {
         self.inner().sections = sections;
+    }
+
+    /// What was said about slowing vCPUs down, one call after the other.
+    pub fn throttles(&self) -> Vec<Vec<f64>> {
+        self.inner().throttles.clone()
     }
 
     /// Whether the VM is not paused.
@@ -333,8 +352,13 @@ impl DirtySource for SimulatedVm {
     }
 
     fn clear(&self, range: PageRange) -> Result<(), VmError> {
-        if let Some(log) = &mut self.inner().dirty_log {
+        let mut inner = self.inner();
+        let again = inner.eager.filter(|_| inner.running).map(|gfn| PageRange::new(gfn, 1));
+        if let Some(log) = &mut inner.dirty_log {
             log.remove(range)?;
+            if let Some(page) = again.transpose()?.filter(|page| range.contains(*page)) {
+                log.insert(page)?;
+            }
         }
         Ok(())
     }
@@ -379,6 +403,21 @@ impl VmState for SimulatedVm {
 }
 
 impl SourceVm for SimulatedVm {
+    fn vcpus(&self) -> usize {
+        2
+    }
+
+    /// The first vCPU does it all.
+    fn write_counts(&self) -> Option<Vec<u64>> {
+        let mut inner = self.inner();
+        inner.looks += 1;
+        Some(vec![inner.looks, 0])
+    }
+
+    fn throttle(&self, run: &[f64]) {
+        self.inner().throttles.push(run.to_vec());
+    }
+
     fn flush_disks(&self) -> Result<(), VmError> {
         self.try_operation(Operation::Flush)
     }

@@ -17,6 +17,7 @@ use crate::source::peer::Message;
 use crate::source::predict::Predictor;
 use crate::source::resolve::{ask_verdict, AskError};
 use crate::source::sender::{Pass, PassStats, SendError, Shared};
+use crate::source::throttle::Throttle;
 use crate::source::{Input, Offering, SourceControl, SourceOptions};
 use crate::stream::session::{Commit, Done};
 use crate::stream::{Problem, StreamError};
@@ -110,6 +111,10 @@ pub(super) struct Engine<'scope, 'env, 'blob> {
     /// Dirty pages, collected and not sent.
     pub(super) pending: Option<PageSet>,
     pub(super) rounds: Vec<RoundReport>,
+    /// How far vCPUs are slowed down, once they are.
+    pub(super) throttle: Option<Throttle>,
+    /// Why it did not converge by itself.
+    pub(super) stall: Option<String>,
     pub(super) round_pages: u64,
     pub(super) connection_bytes: Vec<u64>,
     pub(super) data_pages: u64,
@@ -166,6 +171,8 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             known: None,
             pending: None,
             rounds: Vec::new(),
+            throttle: None,
+            stall: None,
             round_pages: 0,
             connection_bytes: Vec::new(),
             data_pages: 0,
@@ -297,6 +304,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                 self.close_connections();
             }
             SourceAction::StopTracking => {
+                self.unthrottle();
                 if self.around.options.mode == Mode::Precopy {
                     if let Err(error) = vm.stop_tracking() {
                         // The next start begins anew in any case.
@@ -436,6 +444,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         let seconds = (now - self.told.1).as_secs_f64().max(1e-3);
         let done = self.shared.pages_done.load(Ordering::Relaxed);
         let last = self.rounds.last();
+        let slowed = self.throttle.as_ref().map(Throttle::describe);
         let progress = Progress {
             phase: self.phase,
             round: u32::try_from(self.rounds.len()).ok(),
@@ -446,7 +455,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             dirty_pages_per_second: last.map_or(0.0, |round| round.dirty_pages_per_second),
             predicted_pause: last.map(|round| round.predicted_pause),
             elapsed: self.started.elapsed(),
-            note,
+            note: note.or(slowed),
         };
         self.told = (bytes, now);
         (self.around.progress)(&progress);
@@ -465,8 +474,16 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         }
     }
 
+    /// Lets all vCPUs run as they like again.
+    fn unthrottle(&mut self) {
+        if self.throttle.take().is_some() {
+            self.around.vm.throttle(&[]);
+        }
+    }
+
     fn end(mut self) -> Report {
         self.close_connections();
+        self.unthrottle();
         {
             let mut state = self.around.control.state();
             state.inbox = None;
@@ -491,6 +508,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             total: self.started.elapsed(),
             setup: self.setup,
             rounds: self.rounds,
+            stall: self.stall,
             pause: moved.then_some(self.pause),
             connection_bytes: self.connection_bytes,
             data_pages: self.data_pages,

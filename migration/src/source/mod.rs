@@ -23,6 +23,7 @@ mod rounds;
 mod sender;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -16,6 +16,8 @@ pub enum OnStall {
     Stop,
     /// Give up; the guest goes on here.
     Cancel,
+    /// Slow the vCPUs that write down until it converges; where that is not enough, as [`OnStall::Stop`].
+    Throttle,
 }
 
 /// The classic limits of pre-copy.
@@ -115,6 +117,11 @@ impl Predictor {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 2)
     }
 
+    /// Whether a round left clearly less than the one before it.
+    pub(crate) fn shrinks(&self, measured: &Measured) -> bool {
+        (measured.remaining as f64) < WORTHWHILE * measured.before as f64
+    }
+
     /// What to do after a round.
     pub(crate) fn decide(&mut self, measured: &Measured, target: Duration) -> Next {
         if measured.remaining <= self.limits.dirty_pages {
@@ -124,7 +131,7 @@ impl Predictor {
             || measured.bytes as f64 > self.limits.bytes_factor * measured.used_bytes as f64;
         if self.pause(measured.remaining) <= target {
             // A round that is shorter than the pause may be costs the guest little.
-            let shrinks = (measured.remaining as f64) < WORTHWHILE * measured.before as f64;
+            let shrinks = self.shrinks(measured);
             let matters = self.page_time(measured.remaining) > self.fixed / 4;
             if !over && shrinks && matters && self.extra_rounds < MAX_EXTRA_ROUNDS {
                 self.extra_rounds += 1;

@@ -12,6 +12,7 @@ use crate::snapshot::write_runs;
 use crate::source::engine::{Engine, Failure};
 use crate::source::predict::{Measured, Next, OnStall, Predictor};
 use crate::source::sender::Pass;
+use crate::source::throttle::Throttle;
 use crate::stream::RecordType;
 use crate::vm::{Mode, SourceVm, VmError};
 
@@ -33,6 +34,8 @@ impl Engine<'_, '_, '_> {
         let used_bytes = pages.count() * PAGE_SIZE;
         let mut flushed = false;
         let mut before = u64::MAX;
+        let vm = self.around.vm;
+        let mut writes = Writes::begin(vm);
         loop {
             let number = u32::try_from(self.rounds.len()).unwrap_or(u32::MAX);
             let started = Instant::now();
@@ -43,17 +46,19 @@ impl Engine<'_, '_, '_> {
             let duration = started.elapsed();
             predictor.sample(stats.bytes, busy);
             let remaining = dirty.count();
-            let predicted_pause = predictor.pause(remaining);
-            self.rounds.push(RoundReport {
+            let seconds = duration.as_secs_f64().max(1e-6);
+            let round = RoundReport {
                 number,
                 data_pages: stats.data_pages,
                 zero_pages: stats.zero_pages,
                 bytes: stats.bytes,
                 dirty_pages: remaining,
-                dirty_pages_per_second: remaining as f64 / duration.as_secs_f64().max(1e-6),
+                dirty_pages_per_second: remaining as f64 / seconds,
                 duration,
-                predicted_pause,
-            });
+                predicted_pause: predictor.pause(remaining),
+                vcpu_run: self.throttle.as_ref().map_or(Vec::new(), |t| t.run().to_vec()),
+                vcpu_dirty_pages_per_second: writes.since(vm).iter().map(|n| n / seconds).collect(),
+            };
             let measured = Measured {
                 rounds: number.saturating_add(1),
                 remaining,
@@ -61,16 +66,12 @@ impl Engine<'_, '_, '_> {
                 bytes: self.shared.bytes.load(Ordering::Relaxed),
                 used_bytes,
             };
-            before = remaining;
-            let next = predictor.decide(&measured, self.downtime());
-            if next == Next::Stall && self.around.options.on_stall == OnStall::Cancel {
-                let reason = format!(
-                    "it does not converge: after {} rounds {remaining} pages are left, \
-                     a pause of {predicted_pause:?}",
-                    measured.rounds
-                );
-                return Err(Failure::new(Cause::NotConverging, reason));
+            let mut next = predictor.decide(&measured, self.downtime());
+            if next == Next::Stall || !predictor.shrinks(&measured) {
+                next = self.stalled(next, &round, &measured)?;
             }
+            before = remaining;
+            self.rounds.push(round);
             self.tell(None);
             pages = dirty;
             if next == Next::Round {
@@ -87,6 +88,51 @@ impl Engine<'_, '_, '_> {
             self.pending = Some(pages);
             self.predictor = Some(predictor);
             return Ok(SourceEvent::Converged);
+        }
+    }
+
+    /// What to do about a round that left too much, or hardly less than the one before it.
+    fn stalled(
+        &mut self,
+        next: Next,
+        round: &RoundReport,
+        measured: &Measured,
+    ) -> Result<Next, Failure> {
+        if next == Next::Pause {
+            return Ok(next);
+        }
+        let sent =
+            (round.data_pages + round.zero_pages) as f64 / round.duration.as_secs_f64().max(1e-6);
+        match self.around.options.on_stall {
+            OnStall::Throttle => {
+                let vm = self.around.vm;
+                let throttle = self.throttle.get_or_insert_with(|| Throttle::new(vm.vcpus()));
+                let slower = throttle.step(
+                    &round.vcpu_dirty_pages_per_second,
+                    round.dirty_pages_per_second,
+                    sent,
+                );
+                vm.throttle(throttle.run());
+                self.stall.get_or_insert_with(|| why(round, sent));
+                // As long as something changes it may still converge.
+                let shrinks = measured.remaining < measured.before;
+                Ok(if slower || shrinks { Next::Round } else { next })
+            }
+            _ if next == Next::Round => Ok(next),
+            OnStall::Stop => {
+                self.stall = Some(why(round, sent));
+                Ok(next)
+            }
+            OnStall::Cancel => {
+                let (rounds, pause) = (measured.rounds, round.predicted_pause);
+                let reason = format!(
+                    "it does not converge: after {rounds} rounds {} pages are left, a pause of \
+                     {pause:?}: {}; --on-stall throttle slows the guest down",
+                    measured.remaining,
+                    why(round, sent)
+                );
+                Err(Failure::new(Cause::NotConverging, reason))
+            }
         }
     }
 
@@ -142,6 +188,33 @@ impl Engine<'_, '_, '_> {
             dirty.minus(&fresh);
         }
         Ok(dirty)
+    }
+}
+
+/// Why a guest does not converge.
+fn why(round: &RoundReport, sent: f64) -> String {
+    let mib = |pages: f64| pages * PAGE_SIZE as f64 / f64::from(1 << 20);
+    let dirty = round.dirty_pages_per_second;
+    format!(
+        "the guest writes {dirty:.0} pages/s ({:.0} MiB/s), {sent:.0} pages/s ({:.0} MiB/s) go out",
+        mib(dirty),
+        mib(sent)
+    )
+}
+
+/// What each vCPU writes.
+struct Writes(Vec<u64>);
+
+impl Writes {
+    fn begin(vm: &dyn SourceVm) -> Self {
+        Self(vm.write_counts().unwrap_or_default())
+    }
+
+    /// Since the last call; empty where nobody counts.
+    fn since(&mut self, vm: &dyn SourceVm) -> Vec<f64> {
+        let now = vm.write_counts().unwrap_or_default();
+        let before = std::mem::replace(&mut self.0, now);
+        self.0.iter().zip(before).map(|(now, before)| now.wrapping_sub(before) as f64).collect()
     }
 }
 

@@ -4,7 +4,7 @@
 use migration::destination::Arrival;
 use migration::handover::{Cause, SourcePhase, Verdict};
 use migration::journal::{EntryState, Side};
-use migration::report::Outcome;
+use migration::report::{Outcome, Report};
 use migration::simulated::{Cut, Operation};
 use migration::source::{Limits, OnStall, SourceOptions};
 use migration::Mode;
@@ -265,6 +265,53 @@ fn a_guest_that_an_operator_paused_arrives_paused_or_stays_paused() {
             }
         }
     }
+}
+
+/// The guest writes a page as soon as it is sent, and no pause is short enough.
+fn never_converges(world: &World, cancel_at: Option<usize>) -> Report {
+    let limits = Limits { rounds: 3, dirty_pages: 0, ..Limits::default() };
+    let options = SourceOptions {
+        limits,
+        on_stall: OnStall::Throttle,
+        downtime: std::time::Duration::ZERO,
+        ..options(1)
+    };
+    let hooks = Hooks {
+        progress: &|progress, control| {
+            let steps = world.vm.throttles().len();
+            if progress.phase == SourcePhase::Copying && cancel_at.is_some_and(|at| steps >= at) {
+                control.cancel();
+            }
+        },
+        ..Hooks::default()
+    };
+    world.vm.guest_write(migration::Gfn(0), b"again").unwrap();
+    world.vm.set_eager(migration::Gfn(0));
+    let outcome = world.migrate_with(&options, &hooks);
+    assert_sound(world, &outcome);
+    outcome.report
+}
+
+#[test]
+fn a_guest_that_does_not_converge_is_slowed_down_and_no_longer_than_needed() {
+    let world = World::new();
+    let report = never_converges(&world, None);
+    assert_eq!(report.outcome, Outcome::HandedOver);
+    assert!(report.stall.unwrap().contains("pages/s"));
+    let throttles = world.vm.throttles();
+    let (last, steps) = throttles.split_last().unwrap();
+    assert!(last.is_empty(), "undone: {throttles:?}");
+    assert!(steps.len() > 1 && steps.windows(2).all(|two| two[1][0] <= two[0][0]), "{throttles:?}");
+    assert!(
+        steps.iter().all(|run| run[0] >= 0.1 && run[1] == 1.0),
+        "who does not write: {throttles:?}"
+    );
+    assert_eq!(report.rounds.last().unwrap().vcpu_run[0], 0.1, "as far as it may be");
+
+    let world = World::new();
+    let report = never_converges(&world, Some(2));
+    assert!(matches!(report.outcome, Outcome::RunningHere { cause: Cause::Cancelled, .. }));
+    assert!(world.vm.throttles().last().unwrap().is_empty(), "undone by the cancel");
 }
 
 #[test]

@@ -76,8 +76,8 @@ pub(super) struct MigrateArgs {
     /// Give up after this time: 10s, 5m [default: never]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     timeout: Option<Duration>,
-    /// What to do when it does not converge: stop the guest for as long as it takes, or cancel
-    /// [default: stop]
+    /// What to do when it does not converge: stop the guest for as long as it takes, cancel, or slow down
+    /// the vCPUs that write until it does [default: stop]
     #[arg(long, value_enum)]
     on_stall: Option<StallAction>,
     /// Connections for memory, 1 to 64 [default: 1]
@@ -112,6 +112,8 @@ enum StallAction {
     Stop,
     /// Give up
     Cancel,
+    /// Slow down the vCPUs that write
+    Throttle,
 }
 
 impl MigrateArgs {
@@ -124,6 +126,7 @@ impl MigrateArgs {
             on_stall: self.on_stall.map(|action| match action {
                 StallAction::Stop => OnStall::Stop,
                 StallAction::Cancel => OnStall::Cancel,
+                StallAction::Throttle => OnStall::Throttle,
             }),
             connections: self.connections,
             bandwidth: self.bandwidth,

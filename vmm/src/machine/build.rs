@@ -21,6 +21,7 @@ use crate::identity::IdentityV1;
 use crate::kvm::{msrs_to_save, HostKvm, VcpuKvm, VmKvm};
 use crate::layout::{self, irq, port};
 use crate::memory::GuestRam;
+use crate::throttle::Throttle;
 use crate::vcpu::{install_kick_handler, GuestRequest, RequestSink, Unmapped, Vcpu, VcpuContext};
 use crate::virtio::{DiskOwnership, VirtioParts, VirtioSet};
 
@@ -104,6 +105,7 @@ impl MachineBuilder<'_> {
         let memory_layout = super::memory::layout_of(&ram);
         let mut machine = Machine {
             config: self.config,
+            throttle: Throttle::default(),
             identity: IdentityV1 { cpuid, tsc_khz },
             media: self.media,
             acpi,

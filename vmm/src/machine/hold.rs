@@ -94,6 +94,18 @@ impl Machine {
 }
 
 impl SourceVm for Machine {
+    fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    fn write_counts(&self) -> Option<Vec<u64>> {
+        self.vcpus.iter().map(|vcpu| vcpu.write_faults()).collect()
+    }
+
+    fn throttle(&self, run: &[f64]) {
+        self.throttle.set(&self.vcpus, run);
+    }
+
     fn flush_disks(&self) -> Result<(), VmError> {
         for file in self.virtio.files_to_flush() {
             file.sync_data().map_err(|error| VmError::Os {

@@ -29,6 +29,7 @@ use crate::identity::IdentityV1;
 use crate::kvm::{KvmError, VmKvm};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
 use crate::snapshot::SaveError;
+use crate::throttle::Throttle;
 use crate::vcpu::{GuestRequest, Vcpu, VcpuContext};
 use crate::virtio::{VirtioError, VirtioSet};
 
@@ -131,6 +132,7 @@ pub struct Machine {
     layout: Arc<MemoryLayout>,
     vm: VmKvm,
     vcpus: Vec<Arc<Vcpu>>,
+    throttle: Throttle,
     context: Arc<VcpuContext>,
     devices: DeviceSet,
     virtio: VirtioSet,
