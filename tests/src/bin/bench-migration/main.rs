@@ -23,6 +23,7 @@ mod sample;
 mod subject;
 mod table;
 mod verdict;
+mod warm;
 
 use std::fs;
 use std::process::{Command, ExitCode};
@@ -364,7 +365,7 @@ fn conclude(
 fn notes(bench: &Bench, options: &Options, qemu: &str, took: Duration) -> Result<String> {
     let mut text = format!(
         "Medians (minimum to maximum) of {} runs after a warm-up, in turn; {qemu}, pre-copy with a limit of {} ms.\n\
-         switch gap: by the guest's TSC. other gap: the largest other one in the window, which is as long for all, and longer only for a migration that takes longer. \
+         Host memory as much as the guest uses is touched and freed right before each migration and copy. switch gap: by the guest's TSC. other gap: the largest other one in the window, which is as long for all, and longer only for a migration that takes longer. \
          total: from the order (making the process `minivmm migrate`; QMP `migrate`) until the source has let go (the end of that process; \
          QMP event `completed`). told: what the VMM says itself. \
          guest runs there: from the order until the guest's first turn at the destination. \

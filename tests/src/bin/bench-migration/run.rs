@@ -8,11 +8,14 @@ use serde_json::Value;
 use crate::raw::RawCopy;
 use crate::sample::{self, Sample};
 use crate::subject::{Cell, Moved, Subject};
+use crate::warm::warm;
 use crate::Bench;
 
 const MIB: f64 = 1_048_576.0;
 /// What has just been started may come to rest.
 const SETTLE: Duration = Duration::from_millis(150);
+/// What is touched ahead besides what the guest uses, bytes.
+const WARM_BEYOND: u64 = 64 << 20;
 /// The end of the window is at least so long after the end of the migration.
 const AFTER: Duration = Duration::from_millis(200);
 /// The VM's name at all times: at the destination it is taken over.
@@ -50,6 +53,7 @@ fn stay(bench: &Bench, sample: &mut Sample) -> Result<()> {
         _ => None,
     };
     std::thread::sleep(SETTLE);
+    warm(cell.bytes() + WARM_BEYOND)?;
     let copiers = copy.as_ref().map(RawCopy::pids).unwrap_or_default();
     let pids = [&[guest.pid()], &copiers[..]].concat();
     let window = Window::begin(bench, sample, pids, &mut guest)?;
@@ -73,6 +77,7 @@ fn migration(bench: &Bench, sample: &mut Sample) -> Result<()> {
     let mut source = subject.boot(&bench.tools, bench.without_migration, NAME, &setup)?;
     let mut incoming = subject.receive(&bench.tools, "incoming", &setup)?;
     std::thread::sleep(SETTLE);
+    warm(cell.bytes() + WARM_BEYOND)?;
     let pids = vec![source.pid(), incoming.guest.pid()];
     let window = Window::begin(bench, sample, pids.clone(), &mut source)?;
     let wire = loopback_bytes();
