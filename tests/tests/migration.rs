@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         survives_20_moves_with_disk_traffic_and_2_vcpus,
         every_pattern_arrives_verified,
         a_paused_guest_arrives_paused,
+        a_guest_arrives_paused_where_it_is_told_to,
         a_destination_that_is_killed_costs_nothing,
         a_source_that_is_killed_is_told_at_the_destination,
         a_cancelled_migration_leaves_the_guest_running,
@@ -198,6 +199,21 @@ fn a_paused_guest_arrives_paused() {
     migrate(&a, &to, &[]);
     source.ends_well();
     assert_eq!(b.json(&["info", "vm"])["status"], "paused");
+    b.ok(&["resume", "vm"]);
+    destination.goes_on_after_pauses(1, &before);
+    destination.verify();
+}
+
+fn a_guest_arrives_paused_where_it_is_told_to() {
+    let (a, b) = (Host::new(), Host::new());
+    let mut source = a.run(BUSY, &[]).ready();
+    let before = source.report();
+    let (mut destination, to) = b.receive(&["--paused"]);
+    migrate(&a, &to, &["--verify"]);
+    source.ends_well();
+    assert_eq!(b.json(&["info", "vm"])["status"], "paused");
+    let stats = |host: &Host| host.json(&["stats", "vm"])["vcpus"].clone();
+    assert!(stats(&b).as_array().unwrap().iter().all(|vcpu| vcpu["exits"] == 0), "{}", stats(&b));
     b.ok(&["resume", "vm"]);
     destination.goes_on_after_pauses(1, &before);
     destination.verify();

@@ -105,7 +105,7 @@ pub(super) struct ProcessArgs {
     /// On stdio with a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A types one Ctrl-A.
     #[arg(long, value_name = "KIND")]
     console: Option<ConsoleConfig>,
-    /// Build the VM and wait for `minivmm resume`
+    /// Build the VM, or let it arrive, and wait for `minivmm resume`
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     paused: Option<bool>,
     /// Write the process id to a file, which is removed at the end

@@ -11,10 +11,15 @@ use crate::control::{MigrateRequest, MigrationMode};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Listens until a VM has come, then is that VM's process, as `minivmm run` would be. It goes on
-answering what became of migrations to this host. The VM brings its configuration, kernel and initrd
-along; disks and taps must be here under the same names, or be named with --disk and --net. On the
-host that the VM comes from, it is called NAME@incoming until it was handed over.
+Listens until a VM has come, then is that VM's process, as `minivmm run` would be, and ends with it:
+every VM that is to come needs a `minivmm receive` of its own. When a migration fails, it says so and
+waits for the next one, unless --once is given. While it has a VM, it goes on answering what became of
+migrations to this host.
+
+The VM brings its configuration, kernel and initrd along; disks and taps must be here under the same
+names, or be named with --disk and --net. On the host that the VM comes from, it is called
+NAME@incoming until it was handed over. With --paused, the VM is this host's when it has come, and its
+guest goes on at `minivmm resume`.
 
 Examples:
   minivmm receive --listen 10.0.0.2:4444
@@ -32,7 +37,7 @@ pub(super) struct ReceiveArgs {
     /// Another tap for a network card: ID=TAP; may be repeated
     #[arg(long = "net", value_name = "ID=TAP")]
     nets: Vec<Replacement>,
-    /// End when the first migration fails, rather than wait for another
+    /// End, with exit code 1, when the first migration fails, rather than wait for another
     #[arg(long)]
     once: bool,
     #[command(flatten)]

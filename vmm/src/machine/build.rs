@@ -125,6 +125,7 @@ impl MachineBuilder<'_> {
             tsc_khz: AtomicU32::new(tsc_khz),
             held: AtomicBool::new(false),
             operator_paused: AtomicBool::new(false),
+            arrives_paused: AtomicBool::new(false),
             events: self.events,
             pauses: AtomicU64::new(0),
             reboots: AtomicU64::new(0),

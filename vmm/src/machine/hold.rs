@@ -78,6 +78,11 @@ impl Machine {
         held
     }
 
+    /// A guest that is migrated here waits for an operator to resume it.
+    pub fn arrive_paused(&self) {
+        self.arrives_paused.store(true, Ordering::Release);
+    }
+
     /// What changes the machine cannot be done while its state may be on its way already.
     pub(super) fn check_not_held(&self) -> Result<(), MachineError> {
         match self.is_held() {
@@ -137,7 +142,7 @@ impl DestinationVm for Machine {
 
     fn start(&self, run: bool) -> Result<(), VmError> {
         self.set_created();
-        if run {
+        if run && !self.arrives_paused.load(Ordering::Acquire) {
             Machine::resume(self).map_err(|error| VmError::Other(error.to_string()))?;
         }
         // Switches learn from it where the guest is now.

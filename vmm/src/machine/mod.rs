@@ -152,6 +152,8 @@ pub struct Machine {
     held: AtomicBool,
     /// Whether an operator wants a held guest paused.
     operator_paused: AtomicBool,
+    /// See [`Machine::arrive_paused`].
+    arrives_paused: AtomicBool,
     events: EventLog,
     pauses: AtomicU64,
     reboots: AtomicU64,

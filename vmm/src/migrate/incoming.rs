@@ -244,6 +244,9 @@ impl IncomingHost<'_> {
             let name = RuntimeDir::open()?.claim_incoming(&config.name)?;
             let disks = DiskOwnership::Incoming;
             let vm = Assembled::new(self.host, name, config, media, Some(cpuid), disks)?;
+            if self.settings.process.paused {
+                vm.machine.arrive_paused();
+            }
             vm.handle.begin_arrival(Incoming {
                 control: self.control.clone(),
                 id: offer.id.to_string(),
