@@ -6,11 +6,14 @@ mod common;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{serve_vm, FakeVm, Served, PATIENCE};
-use vmm::api::{Client, ClientError, Limits, SaveRequest, ROUTES};
+use vmm::api::{serve, ApiHandle, Client, ClientError, Limits, SaveRequest, ROUTES};
 use vmm::control::{ControlError, VmStatus};
+use vmm::runtime_dir::{ClaimedName, RuntimeDir};
+use vmm_sys_util::tempdir::TempDir;
 
 fn served() -> Served {
     serve_vm(FakeVm::new("vm"), Limits::default())
@@ -342,4 +345,44 @@ fn every_route_is_there_and_takes_no_other_method() {
             }
         }
     }
+}
+
+/// A runtime directory with the VM `vm`, which belongs to one process and is moved to another.
+fn moving(temp: &TempDir) -> (RuntimeDir, ClaimedName, ClaimedName) {
+    let dir = RuntimeDir::at(temp.as_path().join("rt")).unwrap();
+    let (source, destination) = (dir.claim("vm").unwrap(), dir.claim_incoming("vm").unwrap());
+    (dir, source, destination)
+}
+
+fn serve_at(name: &ClaimedName) -> ApiHandle {
+    serve(name.listen().unwrap(), Arc::new(FakeVm::new("vm"))).unwrap()
+}
+
+#[test]
+fn a_client_finds_a_vm_that_took_its_name_over() {
+    let temp = TempDir::new().unwrap();
+    let (dir, source, mut destination) = moving(&temp);
+    let _api = serve_at(&destination);
+    drop(source);
+    let client = Client::of(dir.clone(), "vm").unwrap();
+    destination.take_over().unwrap();
+    assert_eq!(client.info().unwrap().name, "vm");
+    drop(destination);
+    let error = client.info().unwrap_err();
+    assert!(matches!(error, ClientError::Lookup(_)), "{error}");
+    assert!(error.to_string().contains("no VM named vm"), "{error}");
+    assert!(matches!(Client::of(dir, "vm").unwrap_err(), ClientError::Lookup(_)));
+}
+
+#[test]
+fn a_client_waits_for_the_source_to_give_the_name_up() {
+    let temp = TempDir::new().unwrap();
+    let (dir, source, destination) = moving(&temp);
+    let _api = serve_at(&destination);
+    // Nobody listens any more, and the name is still this one's.
+    drop(source.listen().unwrap());
+    let client = Client::of(dir, "vm").unwrap();
+    let asking = std::thread::spawn(move || client.info().map(|info| info.name));
+    drop(source);
+    assert_eq!(asking.join().unwrap().unwrap(), "vm");
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -20,11 +20,17 @@ use tokio::runtime::Runtime;
 use super::{ErrorReply, SaveRequest, StatusReply};
 use crate::control::{MigrateRequest, MigrationInfo, SaveReport, VmInfo, VmStats, VmStatus};
 use crate::events::Event;
+use crate::runtime_dir::{Found, RuntimeDir, RuntimeDirError};
 
 /// Longest wait for an answer that takes no work.
 const QUICK: Duration = Duration::from_secs(10);
 /// Longest wait for a command other than `save`.
 const COMMAND: Duration = Duration::from_secs(60);
+/// How long a VM is looked up again whose socket is gone. Longer than a process keeps its name that
+/// has given its VM away: the VM is found where it came to only then.
+pub const LOOK_UP: Duration = Duration::from_secs(5);
+/// How long to wait before that.
+pub const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Largest answer that is read, bytes.
 const MAX_REPLY: usize = 16 << 20;
 /// Longest event that is read, bytes.
@@ -41,6 +47,9 @@ pub enum ClientError {
         /// What the system said.
         source: io::Error,
     },
+    /// The VM is not there any more.
+    #[error(transparent)]
+    Lookup(#[from] Box<RuntimeDirError>),
     /// The answer did not come in time.
     #[error("no answer from {socket} within {timeout:?}: is its process stopped or overloaded?")]
     Timeout {
@@ -65,6 +74,15 @@ pub enum ClientError {
     Start(io::Error),
 }
 
+impl ClientError {
+    /// Nobody listens there any more, or nobody does yet: no request was sent.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound};
+        matches!(self, Self::Connect { source, .. } if matches!(source.kind(), NotFound | ConnectionRefused))
+    }
+}
+
 fn protocol(error: impl std::fmt::Display) -> ClientError {
     ClientError::Protocol(error.to_string())
 }
@@ -73,6 +91,8 @@ fn protocol(error: impl std::fmt::Display) -> ClientError {
 #[derive(Debug)]
 pub struct Client {
     socket: PathBuf,
+    /// The VM by name, to be looked up again.
+    name: Option<(RuntimeDir, String)>,
     runtime: Runtime,
     quick: Duration,
 }
@@ -88,7 +108,17 @@ impl Client {
             .enable_time()
             .build()
             .map_err(ClientError::Start)?;
-        Ok(Self { socket: socket.to_owned(), runtime, quick: QUICK })
+        Ok(Self { socket: socket.to_owned(), name: None, runtime, quick: QUICK })
+    }
+
+    /// A client of the VM `name`. Where its socket is gone when a request is to be sent, because the
+    /// VM was moved on this host and takes its name over, it is looked up again for [`LOOK_UP`].
+    ///
+    /// # Errors
+    /// There is no such VM, or no runtime can be created.
+    pub fn of(dir: RuntimeDir, name: &str) -> Result<Self, ClientError> {
+        let Found { socket, .. } = dir.find(name).map_err(Box::new)?;
+        Ok(Self { name: Some((dir, name.to_owned())), ..Self::new(&socket)? })
     }
 
     /// Waits no longer than this for answers that take no work.
@@ -222,6 +252,23 @@ impl Client {
         })
     }
 
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        let deadline = Instant::now() + LOOK_UP;
+        let mut socket = self.socket.clone();
+        loop {
+            let error = match UnixStream::connect(&socket).await {
+                Ok(stream) => return Ok(stream),
+                Err(source) => ClientError::Connect { socket, source },
+            };
+            let Some((dir, name)) = &self.name else { return Err(error) };
+            if !error.is_gone() || Instant::now() >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+            socket = dir.find(name).map_err(Box::new)?.socket;
+        }
+    }
+
     /// Sends a request; a refusal is an error.
     async fn request(
         &self,
@@ -229,9 +276,7 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|source| ClientError::Connect { socket: self.socket.clone(), source })?;
+        let stream = self.connect().await?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(protocol)?;
         // Runs while the facade waits for something; ends with the connection.

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::VmStatus;
 
-pub use client::{Client, ClientError, EventStream};
+pub use client::{Client, ClientError, EventStream, LOOK_AGAIN, LOOK_UP};
 pub use error::ErrorReply;
 pub use routes::ROUTES;
 pub use server::{serve, serve_with, ApiHandle, Limits};

@@ -117,6 +117,7 @@ impl From<LogbookError> for CliError {
 impl From<ClientError> for CliError {
     fn from(error: ClientError) -> Self {
         let exit = match error {
+            ClientError::Lookup(error) => return (*error).into(),
             ClientError::Refused { status: 409, .. } => Exit::Refused,
             ClientError::Refused { status: 400, .. } => Exit::Usage,
             ClientError::Timeout { .. } => Exit::TimedOut,

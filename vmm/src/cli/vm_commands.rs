@@ -2,6 +2,7 @@
 
 use std::io::{self, StdoutLock, Write};
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -13,7 +14,9 @@ use super::args::{
 use super::output::{duration, fields, table, timestamp};
 use super::wait::VmProcess;
 use super::{attach, migration, CliError, Exit};
-use crate::api::{BalloonRequest, Client, ClientError, LinkRequest, SaveRequest};
+use crate::api::{
+    BalloonRequest, Client, ClientError, LinkRequest, SaveRequest, LOOK_AGAIN, LOOK_UP,
+};
 use crate::config::{format_size, ConfigError, DiskConfig, NetConfig};
 use crate::control::{SaveReport, VmInfo, VmStats, VmStatus};
 use crate::events::Event;
@@ -71,8 +74,7 @@ pub(super) fn run(command: Command) -> Done {
 }
 
 pub(super) fn client(name: &str) -> Result<Client, CliError> {
-    let found = RuntimeDir::open()?.find(name)?;
-    Ok(Client::new(&found.socket)?)
+    Ok(Client::of(RuntimeDir::open()?, name)?)
 }
 
 /// Prints JSON on one line: a script may get several.
@@ -121,12 +123,32 @@ fn command_with_status(args: &Named, command: &str) -> Done {
     Ok(Exit::Ok)
 }
 
+/// A VM and what it says of itself.
+type Asked = (Found, Result<VmInfo, ClientError>);
+
+/// All VMs and what they say of themselves. One whose socket is gone may have taken another name
+/// since it was listed: all are listed again then, for a while.
+fn listed() -> Result<Vec<Asked>, CliError> {
+    let deadline = Instant::now() + LIST_TIMEOUT;
+    loop {
+        let mut all = Vec::new();
+        for found in RuntimeDir::open()?.list()? {
+            let asked = Client::new(&found.socket)?.with_quick_timeout(LIST_TIMEOUT).info();
+            all.push((found, asked));
+        }
+        let gone = |(_, asked): &Asked| asked.as_ref().is_err_and(ClientError::is_gone);
+        if !all.iter().any(gone) || Instant::now() >= deadline {
+            return Ok(all);
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
 fn list(output: &Output) -> Done {
     let mut rows =
         vec![["NAME", "PID", "STATUS", "MEMORY", "CPUS", "UPTIME"].map(str::to_owned).to_vec()];
     let mut values = Vec::new();
-    for Found { name, pid, socket } in RuntimeDir::open()?.list()? {
-        let asked = Client::new(&socket)?.with_quick_timeout(LIST_TIMEOUT).info();
+    for (Found { name, pid, .. }, asked) in listed()? {
         match asked {
             Ok(info) => {
                 rows.push(vec![
@@ -308,11 +330,26 @@ fn events(args: &EventsArgs) -> Done {
     Ok(Exit::Ok)
 }
 
+/// The VM `name` and its process, which is known to be that of the VM.
+fn process_of(name: &str) -> Result<(Found, Client, VmProcess), CliError> {
+    let deadline = Instant::now() + LOOK_UP;
+    loop {
+        let found = RuntimeDir::open()?.find(name)?;
+        let client = Client::new(&found.socket)?;
+        let connect = |source| ClientError::Connect { socket: found.socket.clone(), source };
+        let asked = VmProcess::behind(&found.socket)
+            .map_err(connect)
+            .and_then(|process| client.info().map(|_| process));
+        match asked {
+            Ok(process) => return Ok((found, client, process)),
+            Err(error) if error.is_gone() && Instant::now() < deadline => thread::sleep(LOOK_AGAIN),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 fn stop(args: &StopArgs) -> Done {
-    let found = RuntimeDir::open()?.find(&args.name)?;
-    let client = Client::new(&found.socket)?;
-    let process = VmProcess::behind(&found.socket)
-        .map_err(|source| ClientError::Connect { socket: found.socket.clone(), source })?;
+    let (found, client, process) = process_of(&args.name)?;
     let mut stream = client.follow(0)?;
     let ask_first = !args.force || args.timeout.is_some();
     let mut ended = false;
