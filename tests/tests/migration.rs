@@ -267,6 +267,9 @@ fn a_cancelled_migration_leaves_the_guest_running() {
     assert!(finished.stdout.contains("cancelled"), "{finished:#?}");
     let finished = destination.end();
     assert!(finished.stderr.contains("cancelled"), "{finished:#?}");
+    for (host, verdict) in [(&a, "running-here"), (&b, "not-here")] {
+        assert_eq!(host.json(&["migration"])[0]["verdict"], verdict);
+    }
     runs_on(&mut source);
     let before = source.report();
     let (mut destination, to) = b.receive(&[]);

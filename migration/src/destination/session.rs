@@ -314,6 +314,10 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                 if self.vm.take().is_some() {
                     self.around.host.discarded(self.offer.id);
                 }
+                // It never will run here: whoever asks later, or looks, is told so.
+                if let Some(Err(error)) = self.entry.as_mut().map(|e| e.decide(Owner::There)) {
+                    tracing::warn!(%error, "the journal does not say that the VM did not come");
+                }
             }
         }
         Ok(None)

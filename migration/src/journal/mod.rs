@@ -15,7 +15,11 @@
 //! Nothing here is brought to the disk (fsync): a host that dies ends every copy of the memory on
 //! it anyway. What the pause has to wait for is written before the pause ([`SourceEntry::stage`],
 //! [`DestinationEntry::stage`]), so that one rename or link is left.
+//!
+//! What is over is removed 30 days later, when a journal is opened; what is undecided or unresolved
+//! stays for ever.
 
+mod prune;
 #[cfg(test)]
 mod tests;
 
@@ -126,7 +130,8 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// The journal in this directory, which is made if it does not exist, for its owner only.
+    /// The journal in this directory, which is made if it does not exist, for its owner only. What
+    /// is over since 30 days is removed ([`Journal::prune`]).
     ///
     /// # Errors
     /// [`JournalError::File`].
@@ -136,7 +141,12 @@ impl Journal {
             .mode(0o700)
             .create(directory)
             .map_err(|error| failed("create", directory, error))?;
-        Ok(Self { directory: directory.to_owned() })
+        let journal = Self { directory: directory.to_owned() };
+        let oldest = SystemTime::now().checked_sub(prune::KEPT).unwrap_or(UNIX_EPOCH);
+        if let Err(error) = journal.prune(oldest) {
+            tracing::warn!(%error, "old entries of the journal are not removed");
+        }
+        Ok(journal)
     }
 
     /// Begins the entry of a source.
