@@ -7,7 +7,9 @@ mod devices;
 mod error;
 mod file;
 mod options;
+mod settings;
 mod size;
+mod validate;
 mod value;
 
 use std::path::PathBuf;
@@ -19,10 +21,10 @@ pub use devices::{
     Replacement, MAX_DEVICES,
 };
 pub use error::ConfigError;
-pub use options::{
-    HostLimits, ProcessSettings, ReceiveSettings, RestoreSettings, RunOptions, RunSettings,
-};
+pub use options::RunOptions;
+pub use settings::{ProcessSettings, ReceiveSettings, RestoreSettings, RunSettings};
 pub use size::{format_size, parse_size};
+pub use validate::HostLimits;
 pub use value::{
     parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_path, LogConfig,
 };

@@ -12,118 +12,35 @@
 //! The lock decides who owns a name, not the socket: the kernel drops it however the process
 //! ends, so that what a killed process left behind is known to be dead without asking anybody.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+mod claimed;
+mod error;
+mod lock;
+mod socket;
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{flock, FlockOperation};
-use rustix::io::Errno;
 
-use crate::config::{parse_name, ConfigError};
-use crate::console::ConsolePaths;
+use crate::config::parse_name;
+use error::io_error;
+use lock::{open_lock, pid_text, read_pid, try_lock, write_pid};
+
+pub use claimed::ClaimedName;
+pub use error::RuntimeDirError;
+pub use lock::Pidfile;
+pub use socket::{check_socket_path, listen, MAX_SOCKET_PATH};
 
 /// Environment variable that names the directory, before all else.
 pub const RUNTIME_DIR_VARIABLE: &str = "MINIVMM_RUNTIME_DIR";
-
-/// Longest path of a Unix socket, bytes: `sun_path` of unix(7) without its final NUL.
-pub const MAX_SOCKET_PATH: usize = 107;
 
 /// Ends the names of files of a VM that is being moved here. Not a character of names.
 pub const INCOMING: &str = "@incoming";
 
 /// Of the files of a name that are not its lock.
 const SUFFIXES: [&str; 3] = [".sock", ".console", ".pty"];
-
-/// Why the runtime directory, or a name in it, cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum RuntimeDirError {
-    /// Something in the file system went wrong.
-    #[error("cannot {what} {path}: {source}")]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The path exists and is something else.
-    #[error("{0} is not a directory: remove it, or set {RUNTIME_DIR_VARIABLE} to another place")]
-    NotADirectory(PathBuf),
-    /// Somebody else owns the directory.
-    #[error(
-        "{path} belongs to user {owner}, not to you ({user}): set {RUNTIME_DIR_VARIABLE} to a \
-         directory of your own"
-    )]
-    Foreign {
-        /// The directory.
-        path: PathBuf,
-        /// Its owner's user id.
-        owner: u32,
-        /// The user id of this process.
-        user: u32,
-    },
-    /// Others may write to the directory.
-    #[error("others may write to {path} (mode {mode:o}): chmod 700 it")]
-    Writable {
-        /// The directory.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// The name is not one.
-    #[error(transparent)]
-    Name(#[from] ConfigError),
-    /// Another process runs a VM of this name.
-    #[error(
-        "a VM named {name} runs already (process {pid}): choose another --name, or end it with \
-         `minivmm stop {name}`"
-    )]
-    NameTaken {
-        /// The name.
-        name: String,
-        /// Process that holds it, or `unknown`.
-        pid: String,
-    },
-    /// No process runs a VM of this name.
-    #[error("no VM named {name} runs here (looked in {dir}): `minivmm list` shows those that do")]
-    NoSuchVm {
-        /// The name.
-        name: String,
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// A socket's path does not fit.
-    #[error(
-        "the socket path {path} is {length} bytes long, and a Unix socket's may have \
-         {MAX_SOCKET_PATH}: use a shorter --name, or set {RUNTIME_DIR_VARIABLE} to a shorter \
-         directory"
-    )]
-    PathTooLong {
-        /// The path.
-        path: PathBuf,
-        /// Its length, bytes.
-        length: usize,
-    },
-    /// Another process holds the pidfile.
-    #[error(
-        "the pidfile {path} belongs to process {pid}, which still runs: use another --pidfile"
-    )]
-    PidfileTaken {
-        /// The file.
-        path: PathBuf,
-        /// The process, or `unknown`.
-        pid: String,
-    },
-}
-
-/// Names the step that failed, for [`Result::map_err`].
-fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RuntimeDirError {
-    let path = path.to_owned();
-    move |source| RuntimeDirError::Io { what, path, source }
-}
 
 /// The runtime directory, known to exist and to be this user's own.
 #[derive(Debug, Clone)]
@@ -225,8 +142,7 @@ impl RuntimeDir {
         check_socket_path(&self.file(entry, ".sock"))?;
         let _guard = self.guard()?;
         let lock = self.lock_entry(entry)?;
-        let (name, entry) = (name.to_owned(), entry.to_owned());
-        Ok(ClaimedName { dir: self.clone(), name, entry, lock })
+        Ok(ClaimedName::new(self.clone(), name.to_owned(), entry.to_owned(), lock))
     }
 
     /// Takes the lock of `entry`. Under the guard.
@@ -332,204 +248,11 @@ impl RuntimeDir {
     }
 }
 
-/// A name that this process owns.
-#[derive(Debug)]
-pub struct ClaimedName {
-    dir: RuntimeDir,
-    name: String,
-    /// What its files are called: the name, with [`INCOMING`] until the VM is handed over.
-    entry: String,
-    /// Closing it gives up the name.
-    lock: File,
-}
-
-impl ClaimedName {
-    /// The name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Path of the control socket.
-    #[must_use]
-    pub fn socket_path(&self) -> PathBuf {
-        self.dir.file(&self.entry, ".sock")
-    }
-
-    /// Takes the name itself, after a hand-over: the control socket and the console are found
-    /// under it from now on. Without effect where this process has it.
-    ///
-    /// # Errors
-    /// [`RuntimeDirError::NameTaken`] while the process that the VM comes from, or another, has the
-    /// name; nothing has changed then.
-    pub fn take_over(&mut self) -> Result<(), RuntimeDirError> {
-        if self.entry == self.name {
-            return Ok(());
-        }
-        let _guard = self.dir.guard()?;
-        let lock = self.dir.lock_entry(&self.name)?;
-        for suffix in SUFFIXES {
-            let (from, to) =
-                (self.dir.file(&self.entry, suffix), self.dir.file(&self.name, suffix));
-            match fs::rename(&from, &to) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(io_error("rename", &from)(e));
-                }
-                _ => {}
-            }
-        }
-        let _ = fs::remove_file(self.dir.file(&self.entry, ".lock"));
-        self.entry.clone_from(&self.name);
-        self.lock = lock;
-        Ok(())
-    }
-
-    /// Where the console may put its socket or link.
-    #[must_use]
-    pub fn console_paths(&self) -> ConsolePaths {
-        ConsolePaths {
-            socket: self.dir.file(&self.entry, ".console"),
-            pty_link: self.dir.file(&self.entry, ".pty"),
-        }
-    }
-
-    /// Opens the control socket, for this user only.
-    ///
-    /// # Errors
-    /// As [`listen`].
-    pub fn listen(&self) -> Result<UnixListener, RuntimeDirError> {
-        listen(&self.socket_path())
-    }
-}
-
-impl Drop for ClaimedName {
-    fn drop(&mut self) {
-        // With the guard nobody can claim the name between the removal and the unlocking.
-        match self.dir.guard() {
-            Ok(_guard) => {
-                self.dir.remove_leftovers(&self.entry);
-                let _ = fs::remove_file(self.dir.file(&self.entry, ".lock"));
-            }
-            Err(e) => tracing::warn!(error = %e, "leaving the name's files behind"),
-        }
-    }
-}
-
-/// Checks that a Unix socket can have this path.
-///
-/// # Errors
-/// It is too long: [`MAX_SOCKET_PATH`].
-pub fn check_socket_path(path: &Path) -> Result<(), RuntimeDirError> {
-    let length = path.as_os_str().len();
-    if length > MAX_SOCKET_PATH {
-        return Err(RuntimeDirError::PathTooLong { path: path.to_owned(), length });
-    }
-    Ok(())
-}
-
-/// Listens on a Unix socket at `path`, which must not exist, with mode 0600.
-///
-/// # Errors
-/// The path is too long or cannot be bound.
-pub fn listen(path: &Path) -> Result<UnixListener, RuntimeDirError> {
-    use rustix::net::{bind, listen, socket_with, AddressFamily, SocketAddrUnix};
-    use rustix::net::{SocketFlags, SocketType};
-
-    check_socket_path(path)?;
-    let wrong = || io_error("listen on", path);
-    let create = || {
-        let flags = SocketFlags::CLOEXEC;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // The file takes its mode from the socket: at no moment can others connect.
-        rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
-        bind(&socket, &SocketAddrUnix::new(path)?)?;
-        listen(&socket, 128)?;
-        Ok::<_, Errno>(UnixListener::from(socket))
-    };
-    let listener = create().map_err(|e| wrong()(e.into()))?;
-    let mode = fs::symlink_metadata(path).map_err(wrong())?.permissions().mode();
-    if mode & 0o077 != 0 {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(wrong())?;
-    }
-    Ok(listener)
-}
-
-/// A file that holds the process id of this process, and is locked as long as it runs.
-#[derive(Debug)]
-pub struct Pidfile {
-    path: PathBuf,
-    _file: File,
-}
-
-impl Pidfile {
-    /// Writes the process id to `path`. The file is removed when the result is dropped.
-    ///
-    /// # Errors
-    /// The file cannot be written, or belongs to a process that still runs.
-    pub fn create(path: &Path) -> Result<Self, RuntimeDirError> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o644)
-            .open(path)
-            .map_err(io_error("create the pidfile", path))?;
-        if !try_lock(&file, path)? {
-            let pid = pid_text(read_pid(&mut file));
-            return Err(RuntimeDirError::PidfileTaken { path: path.to_owned(), pid });
-        }
-        write_pid(&mut file).map_err(io_error("write the pidfile", path))?;
-        Ok(Self { path: path.to_owned(), _file: file })
-    }
-}
-
-impl Drop for Pidfile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-fn open_lock(path: &Path) -> Result<File, RuntimeDirError> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(io_error("open", path))
-}
-
-/// True if this process has the lock now, false if another has it.
-fn try_lock(file: &File, path: &Path) -> Result<bool, RuntimeDirError> {
-    match flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        Err(e) => Err(io_error("lock", path)(e.into())),
-    }
-}
-
-fn write_pid(file: &mut File) -> io::Result<()> {
-    file.set_len(0)?;
-    file.rewind()?;
-    writeln!(file, "{}", std::process::id())
-}
-
-fn read_pid(file: &mut File) -> Option<u32> {
-    let mut text = String::new();
-    file.take(16).read_to_string(&mut text).ok()?;
-    text.trim().parse().ok()
-}
-
-fn pid_text(pid: Option<u32>) -> String {
-    pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
     use vmm_sys_util::tempdir::TempDir;
 
     fn dir() -> (TempDir, RuntimeDir) {
@@ -643,15 +366,6 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_path_works() {
-        let temp = TempDir::new().unwrap();
-        let room = MAX_SOCKET_PATH - temp.as_path().as_os_str().len() - 1;
-        let path = temp.as_path().join("s".repeat(room));
-        assert_eq!(path.as_os_str().len(), MAX_SOCKET_PATH);
-        listen(&path).unwrap();
-    }
-
-    #[test]
     fn an_unsafe_directory_is_refused() {
         let temp = TempDir::new().unwrap();
         let path = temp.as_path().join("rt");
@@ -670,17 +384,5 @@ mod tests {
             let refusal = RuntimeDir::at(path).unwrap_err();
             assert!(matches!(refusal, RuntimeDirError::Foreign { owner: 12345, .. }));
         }
-    }
-
-    #[test]
-    fn a_pidfile_names_its_process_and_goes_with_it() {
-        let temp = TempDir::new().unwrap();
-        let path = temp.as_path().join("pid");
-        fs::write(&path, "999999 of a dead process, longer than what replaces it\n").unwrap();
-        let pidfile = Pidfile::create(&path).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
-        assert!(matches!(Pidfile::create(&path), Err(RuntimeDirError::PidfileTaken { .. })));
-        drop(pidfile);
-        assert!(!path.exists());
     }
 }
