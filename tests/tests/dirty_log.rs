@@ -11,7 +11,7 @@ use migration::{DirtySource, Gpa, GuestMemory, PageRange, PageSet, PAGE_SIZE};
 use tests::{add, kvm, Suite};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::boot::Image;
-use vmm::config::{ConsoleConfig, MemoryConfig, OnReboot, VmConfig};
+use vmm::config::{ConsoleConfig, MemoryConfig, MigrationConfig, OnReboot, VmConfig};
 use vmm::console::{Console, ConsolePaths};
 use vmm::control::VmStatus;
 use vmm::events::EventLog;
@@ -62,6 +62,7 @@ impl Guest {
             rng: false,
             balloon: None,
             virtio_console: false,
+            migration: MigrationConfig::default(),
         };
         let kernel = Image::embedded("beacon", guest_images::BEACON);
         let (machine, _requests) = MachineBuilder {

@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         a_guest_moves_and_its_name_with_it,
         survives_20_moves_with_disk_traffic_and_2_vcpus,
         every_pattern_arrives_verified,
+        limits_of_rounds_are_configured_and_travel,
         a_paused_guest_arrives_paused,
         a_guest_arrives_paused_where_it_is_told_to,
         a_destination_that_is_killed_costs_nothing,
@@ -188,6 +189,21 @@ fn every_pattern_arrives_verified() {
         destination.goes_on_after_pauses(1, &before);
         destination.verify();
     }
+}
+
+fn limits_of_rounds_are_configured_and_travel() {
+    let (a, b) = (Host::new(), Host::new());
+    // Whatever the guest has written after a round is little enough.
+    let file = a.write("vm.toml", "migration = { dirty-pages = 1000000, max-rounds = 7 }");
+    let mut source = a.run(BUSY, &["--config", &file]).ready();
+    let before = source.report();
+    let (mut destination, to) = b.receive(&[]);
+    let report = migrate(&a, &to, &["--downtime", "1us"]);
+    assert_eq!(report["rounds"].as_array().unwrap().len(), 1, "{report}");
+    source.ends_well();
+    destination.goes_on_after_pauses(1, &before);
+    let limits = &b.json(&["info", "vm"])["config"]["migration"];
+    assert_eq!((number(limits, "dirty_pages"), number(limits, "max_rounds")), (1_000_000, 7));
 }
 
 fn a_paused_guest_arrives_paused() {

@@ -128,7 +128,7 @@ pub enum MigrationMode {
     Cold,
 }
 
-/// Body of `PUT /v1/vm/migrate`. What is absent has the default.
+/// Body of `PUT /v1/vm/migrate`. What is absent has the default, or is as the VM is configured.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateRequest {
@@ -155,7 +155,7 @@ pub struct MigrateRequest {
     /// Whether both ends hash memory in the pause and compare.
     #[serde(default)]
     pub verify: bool,
-    /// Most rounds while the guest runs.
+    /// Most rounds while the guest runs; see [`crate::config::MigrationConfig`].
     #[serde(default)]
     pub max_rounds: Option<u32>,
     /// Most bytes, as a multiple of the memory in use.

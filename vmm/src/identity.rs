@@ -7,8 +7,8 @@ use kvm_bindings::{kvm_cpuid_entry2, CpuId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    BalloonConfig, CacheMode, ConsoleConfig, DiskConfig, Mac, MemoryConfig, NetConfig, OnReboot,
-    VmConfig,
+    BalloonConfig, CacheMode, ConsoleConfig, DiskConfig, Mac, MemoryConfig, MigrationConfig,
+    NetConfig, OnReboot, VmConfig,
 };
 use crate::cpu::missing_features;
 use crate::kvm::{HostKvm, KvmError};
@@ -54,6 +54,15 @@ pub struct ConfigV2 {
     rng: bool,
     balloon_deflates_on_oom: Option<bool>,
     virtio_console: bool,
+}
+
+/// The configuration of a VM as it is saved, version 3: with limits of its migrations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConfigV3 {
+    devices: ConfigV2,
+    max_rounds: u32,
+    max_bytes_factor: f64,
+    dirty_pages: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,6 +173,7 @@ impl From<ConfigV1> for VmConfig {
             rng: false,
             balloon: None,
             virtio_console: false,
+            migration: MigrationConfig::default(),
         }
     }
 }
@@ -236,16 +246,32 @@ impl From<ConfigV2> for VmConfig {
     }
 }
 
+impl From<&VmConfig> for ConfigV3 {
+    fn from(config: &VmConfig) -> Self {
+        let MigrationConfig { max_rounds, max_bytes_factor, dirty_pages } = config.migration;
+        Self { devices: config.into(), max_rounds, max_bytes_factor, dirty_pages }
+    }
+}
+
+impl From<ConfigV3> for VmConfig {
+    fn from(saved: ConfigV3) -> Self {
+        let ConfigV3 { devices, max_rounds, max_bytes_factor, dirty_pages } = saved;
+        let migration = MigrationConfig { max_rounds, max_bytes_factor, dirty_pages };
+        Self { migration, ..Self::from(devices) }
+    }
+}
+
 /// The configuration as it is saved: kind, newest version, and the encoded form.
 pub fn encode_config(config: &VmConfig) -> Result<Payload, PersistError> {
-    ConfigV2::from(config).save_payload(0)
+    ConfigV3::from(config).save_payload(0)
 }
 
 /// Decodes what [`encode_config`] made, or an older version of it.
 pub fn decode_config(version: u16, data: Vec<u8>) -> Result<VmConfig, PersistError> {
     match version {
         1 => ConfigV1::decode(version, data).map(VmConfig::from),
-        _ => ConfigV2::decode(version, data).map(VmConfig::from),
+        2 => ConfigV2::decode(version, data).map(VmConfig::from),
+        _ => ConfigV3::decode(version, data).map(VmConfig::from),
     }
 }
 
@@ -288,6 +314,7 @@ pub(crate) use plain_payload;
 plain_payload!(IdentityV1, "identity", 1);
 plain_payload!(ConfigV1, "config", 1);
 plain_payload!(ConfigV2, "config", 2);
+plain_payload!(ConfigV3, "config", 3);
 
 #[cfg(test)]
 mod tests {
@@ -315,6 +342,7 @@ mod tests {
             rng: true,
             balloon: Some(BalloonConfig { deflate_on_oom: true }),
             virtio_console: false,
+            migration: MigrationConfig { max_rounds: 5, max_bytes_factor: 2.5, dirty_pages: 300 },
         }
     }
 
@@ -332,19 +360,31 @@ mod tests {
             rng: false,
             balloon: None,
             virtio_console: false,
+            migration: MigrationConfig::default(),
             ..config()
         };
         assert_eq!(back, before);
     }
 
+    const DEVICES_OF_VERSION_2: [u8; 27] = [
+        1, 1, b'd', 2, b'/', b'd', 1, 0, 1, 1, b'n', 1, b't', 2, 0, 0, 0, 0, 1, 1, 251, 120, 5, 1,
+        1, 1, 0,
+    ];
+
     #[test]
-    fn configuration_version_2_is_frozen() {
+    fn configuration_version_2_still_decodes() {
+        let data = [&VERSION_1[..], &DEVICES_OF_VERSION_2].concat();
+        let before = VmConfig { migration: MigrationConfig::default(), ..config() };
+        assert_eq!(decode_config(2, data).unwrap(), before);
+    }
+
+    #[test]
+    fn configuration_version_3_is_frozen() {
         let payload = encode_config(&config()).unwrap();
-        let devices = [
-            1, 1, b'd', 2, b'/', b'd', 1, 0, 1, 1, b'n', 1, b't', 2, 0, 0, 0, 0, 1, 1, 251, 120, 5,
-            1, 1, 1, 0,
-        ];
-        assert_eq!(payload.data, [&VERSION_1[..], &devices[..]].concat());
+        // 5, 2.5 as IEEE 754 has it, 300.
+        let limits = [5, 0, 0, 0, 0, 0, 0, 4, 64, 251, 44, 1];
+        let expected = [&VERSION_1[..], &DEVICES_OF_VERSION_2, &limits].concat();
+        assert_eq!((payload.version, &payload.data), (3, &expected));
         assert_eq!(decode_config(payload.version, payload.data).unwrap(), config());
     }
 
@@ -352,8 +392,8 @@ mod tests {
     fn a_newer_configuration_is_refused() {
         let payload = encode_config(&config()).unwrap();
         assert!(matches!(
-            decode_config(3, payload.data),
-            Err(PersistError::UnknownVersion { found: 3, .. })
+            decode_config(4, payload.data),
+            Err(PersistError::UnknownVersion { found: 4, .. })
         ));
     }
 

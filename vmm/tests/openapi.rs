@@ -105,6 +105,7 @@ fn the_fields_are_the_same() {
     same_fields("NetConfig", config().nets[0].clone(), &[]);
     same_fields("BalloonConfig", config().balloon, &[]);
     same_fields("MemoryConfig", config().memory, &[]);
+    same_fields("MigrationConfig", config().migration, &[]);
     same_fields("VmStats", VmStats::default(), &[]);
     same_fields("VcpuStats", VcpuStats::default(), &[]);
     same_fields("DeviceStats", DeviceStats::default(), &[]);

@@ -7,8 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use super::migrate_args::{MigrateArgs, MigrateSetArgs, MigrationArgs, ReceiveArgs, ResolveArgs};
 use crate::config::{
     parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_size, BalloonConfig,
-    ConfigError, ConsoleConfig, DiskConfig, LogConfig, NetOptions, OnReboot, ProcessSettings,
-    Replacement, RestoreSettings, RunOptions,
+    ConfigError, ConsoleConfig, DiskConfig, LogConfig, MigrationOptions, NetOptions, OnReboot,
+    ProcessSettings, Replacement, RestoreSettings, RunOptions,
 };
 use crate::runtime_dir::INCOMING;
 
@@ -138,6 +138,11 @@ A configuration file says what flags can, under the same names; flags win over i
   [memory]
   size = \"1G\"
   hugepages = false
+Limits of the rounds of `minivmm migrate`, whose flags win, are said there only:
+  [migration]
+  max-rounds = 30
+  max-bytes = 3.0           # as a multiple of the memory in use
+  dirty-pages = 16          # so few are few enough
 
 Examples:
   minivmm run --memory 64M --cpus 2
@@ -226,6 +231,7 @@ impl RunArgs {
             rng: self.rng,
             balloon: self.balloon,
             virtio_console: self.virtio_console,
+            migration: MigrationOptions::default(),
         };
         match self.config {
             Some(path) => Ok(flags.over(RunOptions::from_file(&path)?)),
@@ -439,6 +445,7 @@ mod tests {
             rng: Some(true),
             balloon: Some(BalloonConfig { deflate_on_oom: true }),
             virtio_console: Some(true),
+            migration: MigrationOptions::default(),
         };
         assert_eq!(run_options("--balloon").balloon, Some(BalloonConfig::default()));
         assert_eq!(options, expected);

@@ -94,13 +94,13 @@ pub(super) struct MigrateArgs {
     /// Hash memory at both ends while the guest stands, and compare
     #[arg(long)]
     verify: bool,
-    /// Most rounds while the guest runs [default: 30]
+    /// Most rounds while the guest runs [default: as the VM is configured, else 30]
     #[arg(long, value_name = "N")]
     max_rounds: Option<u32>,
-    /// Most bytes, as a multiple of the memory in use [default: 3]
+    /// Most bytes, as a multiple of the memory in use [default: as the VM is configured, else 3]
     #[arg(long, value_name = "FACTOR")]
     max_bytes: Option<f64>,
-    /// So few dirty pages are few enough [default: 16]
+    /// So few dirty pages are few enough [default: as the VM is configured, else 16]
     #[arg(long, value_name = "PAGES")]
     dirty_pages: Option<u64>,
     /// Return at once; `minivmm migration NAME` tells how far it is

@@ -29,7 +29,7 @@ pub use signals::{on_resize, on_termination};
 use args::Command;
 
 /// A VM to bring to life in this process.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Launch {
     /// `run`
     Run(RunSettings),

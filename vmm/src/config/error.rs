@@ -219,6 +219,9 @@ pub enum ConfigError {
         /// Its value.
         value: String,
     },
+    /// Not a multiple of memory.
+    #[error("{0} is no limit of what a migration sends: it is a multiple of the memory in use, use 1 or more")]
+    MigrationBytes(String),
     /// More devices than interrupts.
     #[error("{0} virtio devices are too many: use at most {MAX_DEVICES}")]
     TooManyDevices(usize),

@@ -34,6 +34,11 @@
 //!
 //! [balloon]                     # there is one if the table is there
 //! deflate-on-oom = true
+//!
+//! [migration]                   # limits of the live rounds; flags of `minivmm migrate` win
+//! max-rounds = 30
+//! max-bytes = 3.0               # as a multiple of the memory in use
+//! dirty-pages = 16              # so few are few enough
 //! ```
 
 use std::fmt;
@@ -45,7 +50,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 
 use super::{
     value, BalloonConfig, CacheMode, ConfigError, ConsoleConfig, DiskConfig, LogConfig, Mac,
-    NetOptions, OnReboot, RunOptions,
+    MigrationOptions, NetOptions, OnReboot, RunOptions,
 };
 
 /// No configuration is larger than this, bytes.
@@ -81,6 +86,15 @@ struct FileOptions {
     rng: Option<bool>,
     balloon: Option<BalloonConfig>,
     virtio_console: Option<bool>,
+    migration: FileMigration,
+}
+
+#[derive(Default, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct FileMigration {
+    max_rounds: Option<u32>,
+    max_bytes: Option<f64>,
+    dirty_pages: Option<u64>,
 }
 
 #[derive(serde::Deserialize)]
@@ -192,6 +206,11 @@ impl RunOptions {
             rng: file.rng,
             balloon: file.balloon,
             virtio_console: file.virtio_console,
+            migration: MigrationOptions {
+                max_rounds: file.migration.max_rounds,
+                max_bytes_factor: file.migration.max_bytes,
+                dirty_pages: file.migration.dirty_pages,
+            },
         })
     }
 }
@@ -352,6 +371,10 @@ mod tests {
             mtu = 1400
             [balloon]
             deflate-on-oom = true
+            [migration]
+            max-rounds = 5
+            max-bytes = 2
+            dirty-pages = 100
             "#,
         )
         .unwrap();
@@ -378,9 +401,22 @@ mod tests {
             rng: Some(true),
             balloon: Some("deflate-on-oom".parse().unwrap()),
             virtio_console: Some(true),
+            migration: MigrationOptions {
+                max_rounds: Some(5),
+                max_bytes_factor: Some(2.0),
+                dirty_pages: Some(100),
+            },
         };
         assert_eq!(options, expected);
         assert_eq!(parse(""), Ok(RunOptions::default()));
+    }
+
+    #[test]
+    fn limits_of_migrations_are_located() {
+        let text = refusal("[migration]\nmax-rounds = -1\n");
+        assert!(text.starts_with("vm.toml:2:14: migration.max-rounds: "), "{text}");
+        let text = refusal("[migration]\nrounds = 1\n");
+        assert!(text.contains("migration.rounds: ") && text.contains("`max-rounds`"), "{text}");
     }
 
     #[test]

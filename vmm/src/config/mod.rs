@@ -14,6 +14,7 @@ mod value;
 
 use std::path::PathBuf;
 
+use migration::source::Limits;
 use serde::{Deserialize, Serialize};
 
 pub use devices::{
@@ -21,7 +22,7 @@ pub use devices::{
     Replacement, MAX_DEVICES,
 };
 pub use error::ConfigError;
-pub use options::RunOptions;
+pub use options::{MigrationOptions, RunOptions};
 pub use settings::{ProcessSettings, ReceiveSettings, RestoreSettings, RunSettings};
 pub use size::{format_size, parse_size};
 pub use validate::HostLimits;
@@ -45,7 +46,7 @@ pub const DEFAULT_MEMORY: u64 = 256 << 20;
 pub const MAX_CMDLINE: usize = 2047;
 
 /// All that defines a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// Name, unique on this host and for this user.
@@ -76,6 +77,27 @@ pub struct VmConfig {
     pub balloon: Option<BalloonConfig>,
     /// Whether the console is a virtio device (hvc0) beside the serial port.
     pub virtio_console: bool,
+    /// Limits of its migrations.
+    pub migration: MigrationConfig,
+}
+
+/// Limits of the live rounds when the VM is migrated away, unless a request says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationConfig {
+    /// Most rounds while the guest runs.
+    pub max_rounds: u32,
+    /// Most bytes, as a multiple of the memory in use.
+    pub max_bytes_factor: f64,
+    /// So few dirty pages are few enough, whatever the prediction says.
+    pub dirty_pages: u64,
+}
+
+impl Default for MigrationConfig {
+    fn default() -> Self {
+        let Limits { rounds, bytes_factor, dirty_pages, .. } = Limits::default();
+        Self { max_rounds: rounds, max_bytes_factor: bytes_factor, dirty_pages }
+    }
 }
 
 /// Guest memory.

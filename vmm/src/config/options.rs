@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use super::settings::{absolute, absolute_console};
 use super::{
     BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, HostLimits, LogConfig, Mac,
-    MemoryConfig, NetConfig, NetOptions, OnReboot, ProcessSettings, RunSettings, VmConfig,
-    DEFAULT_MEMORY,
+    MemoryConfig, MigrationConfig, NetConfig, NetOptions, OnReboot, ProcessSettings, RunSettings,
+    VmConfig, DEFAULT_MEMORY,
 };
 
 /// What flags or a file say about a VM; `None` where they say nothing.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct RunOptions {
     /// See [`VmConfig::name`].
     pub name: Option<String>,
@@ -42,12 +42,45 @@ pub struct RunOptions {
     pub balloon: Option<BalloonConfig>,
     /// See [`VmConfig::virtio_console`].
     pub virtio_console: Option<bool>,
+    /// See [`VmConfig::migration`].
+    pub migration: MigrationOptions,
     /// See [`ProcessSettings::paused`].
     pub paused: Option<bool>,
     /// See [`ProcessSettings::pidfile`].
     pub pidfile: Option<PathBuf>,
     /// See [`ProcessSettings::log`].
     pub log: Option<LogConfig>,
+}
+
+/// What is said about migrations; only a file does.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct MigrationOptions {
+    /// See [`MigrationConfig::max_rounds`].
+    pub max_rounds: Option<u32>,
+    /// See [`MigrationConfig::max_bytes_factor`].
+    pub max_bytes_factor: Option<f64>,
+    /// See [`MigrationConfig::dirty_pages`].
+    pub dirty_pages: Option<u64>,
+}
+
+impl MigrationOptions {
+    /// As [`RunOptions::over`].
+    fn over(self, base: Self) -> Self {
+        Self {
+            max_rounds: self.max_rounds.or(base.max_rounds),
+            max_bytes_factor: self.max_bytes_factor.or(base.max_bytes_factor),
+            dirty_pages: self.dirty_pages.or(base.dirty_pages),
+        }
+    }
+
+    fn finish(self) -> MigrationConfig {
+        let default = MigrationConfig::default();
+        MigrationConfig {
+            max_rounds: self.max_rounds.unwrap_or(default.max_rounds),
+            max_bytes_factor: self.max_bytes_factor.unwrap_or(default.max_bytes_factor),
+            dirty_pages: self.dirty_pages.unwrap_or(default.dirty_pages),
+        }
+    }
 }
 
 impl RunOptions {
@@ -71,6 +104,7 @@ impl RunOptions {
             rng: self.rng.or(base.rng),
             balloon: self.balloon.or(base.balloon),
             virtio_console: self.virtio_console.or(base.virtio_console),
+            migration: self.migration.over(base.migration),
             paused: self.paused.or(base.paused),
             pidfile: self.pidfile.or(base.pidfile),
             log: self.log.or(base.log),
@@ -112,6 +146,7 @@ impl RunOptions {
             rng: self.rng.unwrap_or(false),
             balloon: self.balloon,
             virtio_console: self.virtio_console.unwrap_or(false),
+            migration: self.migration.finish(),
             name,
             initrd: self.initrd.map(absolute).transpose()?,
             cmdline: self.cmdline.unwrap_or_else(|| default_cmdline.to_owned()),
@@ -182,13 +217,22 @@ mod tests {
             memory_size: Some(32 << 20),
             hugepages: Some(true),
             paused: Some(true),
+            migration: MigrationOptions { max_rounds: Some(5), ..Default::default() },
             ..Default::default()
         };
-        let flags = RunOptions { cpus: Some(4), paused: Some(false), ..Default::default() };
+        let flags = RunOptions {
+            cpus: Some(4),
+            paused: Some(false),
+            migration: MigrationOptions { dirty_pages: Some(7), ..Default::default() },
+            ..Default::default()
+        };
         let settings = finish(flags.over(file)).unwrap();
         assert_eq!(settings.vm.cpus, 4);
         assert_eq!(settings.vm.memory, MemoryConfig { size: 32 << 20, hugepages: true });
         assert!(!settings.process.paused);
+        let migration =
+            MigrationConfig { max_rounds: 5, dirty_pages: 7, ..MigrationConfig::default() };
+        assert_eq!(settings.vm.migration, migration);
     }
 
     #[test]

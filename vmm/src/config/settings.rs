@@ -16,7 +16,7 @@ pub struct ProcessSettings {
 }
 
 /// All that `run` needs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RunSettings {
     /// The VM, validated.
     pub vm: VmConfig,

@@ -4,7 +4,7 @@ use crate::layout;
 use crate::memory::{HUGE_PAGE_SIZE, PAGE_SIZE};
 
 use super::settings::absolute;
-use super::{ConfigError, MemoryConfig, Replacement, VmConfig, MIN_MEMORY};
+use super::{ConfigError, MemoryConfig, MigrationConfig, Replacement, VmConfig, MIN_MEMORY};
 
 /// What the host can give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,7 @@ impl VmConfig {
         self.memory.validate(host)?;
         super::devices::validate(&self.disks, &self.nets, self.other_devices())?;
         super::parse_cmdline(&self.guest_cmdline())?;
+        self.migration.validate()?;
         match (&self.kernel, &self.initrd) {
             (None, Some(initrd)) => Err(ConfigError::InitrdWithoutKernel(initrd.clone())),
             _ => Ok(()),
@@ -105,6 +106,20 @@ impl VmConfig {
             }
         }
         super::devices::validate(&self.disks, &self.nets, self.other_devices())
+    }
+}
+
+impl MigrationConfig {
+    /// Checks what a number alone does not say.
+    ///
+    /// # Errors
+    /// A limit of bytes below the memory that has to be sent.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let factor = self.max_bytes_factor;
+        if factor.is_finite() && factor >= 1.0 {
+            return Ok(());
+        }
+        Err(ConfigError::MigrationBytes(factor.to_string()))
     }
 }
 
@@ -242,7 +257,12 @@ mod tests {
         assert!(matches!(refused(bad), ConfigError::CpusOutOfRange(_)));
         let bad = VmConfig { cpu: "pentium".into(), ..good.clone() };
         assert!(matches!(refused(bad), ConfigError::Cpu(_)));
-        let bad = VmConfig { cmdline: "\0".into(), ..good };
+        let bad = VmConfig { cmdline: "\0".into(), ..good.clone() };
         assert!(matches!(refused(bad), ConfigError::CmdlineNul(0)));
+        for max_bytes_factor in [0.5, f64::NAN, f64::INFINITY] {
+            let migration = MigrationConfig { max_bytes_factor, ..good.migration };
+            let bad = VmConfig { migration, ..good.clone() };
+            assert!(matches!(refused(bad), ConfigError::MigrationBytes(_)));
+        }
     }
 }

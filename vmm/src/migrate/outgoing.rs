@@ -13,6 +13,7 @@ use serde_json::{json, Value};
 
 use super::resources::ResourcesV1;
 use super::Records;
+use crate::config::MigrationConfig;
 use crate::control::{ControlError, MigrateRequest, MigrateSettings, MigrationMode};
 use crate::machine::Machine;
 use crate::snapshot::{self, MediaReaders};
@@ -67,7 +68,7 @@ impl Outgoing {
     /// # Errors
     /// Another one is under way, or the VM or the host cannot.
     pub fn start(self: &Arc<Self>, request: &MigrateRequest) -> Result<MigrationId, ControlError> {
-        let options = options(request)?;
+        let options = options(request, self.machine.config().migration)?;
         let failed = |error: &dyn std::fmt::Display| ControlError::Failed(error.to_string());
         if let Some(why) = self.machine.migration_blocker() {
             return Err(ControlError::Conflict(format!("the VM cannot be migrated: {why}")));
@@ -256,9 +257,17 @@ impl Outgoing {
     }
 }
 
-fn options(request: &MigrateRequest) -> Result<SourceOptions, ControlError> {
+/// What is asked for and, where nothing is, configured.
+fn options(
+    request: &MigrateRequest,
+    configured: MigrationConfig,
+) -> Result<SourceOptions, ControlError> {
     let bad = |message: String| Err(ControlError::BadRequest(message));
-    let limits = Limits::default();
+    let limits = MigrationConfig {
+        max_rounds: request.max_rounds.unwrap_or(configured.max_rounds),
+        max_bytes_factor: request.max_bytes_factor.unwrap_or(configured.max_bytes_factor),
+        dirty_pages: request.dirty_pages.unwrap_or(configured.dirty_pages),
+    };
     let options = SourceOptions {
         mode: match request.mode {
             MigrationMode::Precopy => migration::Mode::Precopy,
@@ -270,9 +279,9 @@ fn options(request: &MigrateRequest) -> Result<SourceOptions, ControlError> {
             .downtime_us
             .map_or(SourceOptions::default().downtime, Duration::from_micros),
         limits: Limits {
-            rounds: request.max_rounds.unwrap_or(limits.rounds),
-            bytes_factor: request.max_bytes_factor.unwrap_or(limits.bytes_factor),
-            dirty_pages: request.dirty_pages.unwrap_or(limits.dirty_pages),
+            rounds: limits.max_rounds,
+            bytes_factor: limits.max_bytes_factor,
+            dirty_pages: limits.dirty_pages,
             time: request.timeout_ms.map(Duration::from_millis),
         },
         on_stall: request.on_stall.unwrap_or_default(),
@@ -282,12 +291,41 @@ fn options(request: &MigrateRequest) -> Result<SourceOptions, ControlError> {
     if !(1..=64).contains(&options.connections) {
         return bad(format!("{} connections are not possible: use 1 to 64", options.connections));
     }
-    if !options.limits.bytes_factor.is_finite() || options.limits.bytes_factor < 1.0 {
-        return bad("max_bytes_factor is a multiple of memory: use 1 or more".to_owned());
+    if let Err(error) = limits.validate() {
+        return bad(error.to_string());
     }
     let port = request.to.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
     if port.is_none() {
         return bad(format!("{:?} is no destination: write HOST:PORT", request.to));
     }
     Ok(options)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const CONFIGURED: MigrationConfig =
+        MigrationConfig { max_rounds: 5, max_bytes_factor: 2.0, dirty_pages: 100 };
+
+    fn limits(request: MigrateRequest) -> Result<(u32, f64, u64), ControlError> {
+        let request = MigrateRequest { to: "host:1".into(), ..request };
+        let Limits { rounds, bytes_factor, dirty_pages, .. } =
+            options(&request, CONFIGURED)?.limits;
+        Ok((rounds, bytes_factor, dirty_pages))
+    }
+
+    #[test]
+    fn a_request_goes_before_what_is_configured() {
+        assert_eq!(limits(MigrateRequest::default()), Ok((5, 2.0, 100)));
+        let request = MigrateRequest { max_rounds: Some(1), ..Default::default() };
+        assert_eq!(limits(request), Ok((1, 2.0, 100)));
+        let bytes = Some(4.5);
+        let request =
+            MigrateRequest { max_bytes_factor: bytes, dirty_pages: Some(0), ..Default::default() };
+        assert_eq!(limits(request), Ok((5, 4.5, 0)));
+        let request = MigrateRequest { max_bytes_factor: Some(0.9), ..Default::default() };
+        assert!(matches!(limits(request), Err(ControlError::BadRequest(_))));
+    }
 }
