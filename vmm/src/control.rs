@@ -146,6 +146,9 @@ pub struct MigrateRequest {
     /// What is done when a limit is reached before the pause would be short enough.
     #[serde(default)]
     pub on_stall: Option<OnStall>,
+    /// After so many milliseconds without a sign of life the other end is taken for dead, 100 to 60000.
+    #[serde(default)]
+    pub dead_after_ms: Option<u64>,
     /// Connections for memory, 1 to 64.
     #[serde(default)]
     pub connections: Option<u16>,

@@ -81,6 +81,9 @@ pub(super) struct MigrateArgs {
     /// Give up after this time: 10s, 5m [default: never]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     timeout: Option<Duration>,
+    /// Take the other end for dead after so long a silence, 100ms to 60s [default: 5s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    dead_after: Option<Duration>,
     /// What to do when it does not converge: stop the guest for as long as it takes, cancel, or slow down
     /// the vCPUs that write until it does [default: stop]
     #[arg(long, value_enum)]
@@ -128,6 +131,7 @@ impl MigrateArgs {
             mode: self.mode,
             downtime_us: self.downtime.map(micros),
             timeout_ms: self.timeout.map(|time| micros(time).div_ceil(1000)),
+            dead_after_ms: self.dead_after.map(|time| micros(time).div_ceil(1000)),
             on_stall: self.on_stall.map(|action| match action {
                 StallAction::Stop => OnStall::Stop,
                 StallAction::Cancel => OnStall::Cancel,

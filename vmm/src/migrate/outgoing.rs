@@ -9,6 +9,7 @@ use migration::identity::MigrationId;
 use migration::report::{Outcome, Progress, Report};
 use migration::source::{migrate_to, Limits, Offering, SourceControl, SourceOptions};
 use migration::transport::TcpConnector;
+use migration::Timing;
 use serde_json::{json, Value};
 
 use super::resources::ResourcesV1;
@@ -21,6 +22,9 @@ use crate::vcpu::GuestRequest;
 
 /// How long to wait before looking at a migration again that is about to be decided.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// Silence that a peer may be taken for dead after, milliseconds.
+const DEAD_AFTER_MS: std::ops::RangeInclusive<u64> = 100..=60_000;
 
 /// What became of a migration when its VM was to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -257,6 +261,20 @@ impl Outgoing {
     }
 }
 
+/// Time limits where a peer is dead after this silence.
+fn timing(dead_after_ms: Option<u64>) -> Result<Timing, ControlError> {
+    let timing = Timing::default();
+    let Some(millis) = dead_after_ms else { return Ok(timing) };
+    if !DEAD_AFTER_MS.contains(&millis) {
+        return Err(ControlError::BadRequest(format!(
+            "{millis} ms of silence is no sign of death: use 100 to 60000 ms"
+        )));
+    }
+    let dead = Duration::from_millis(millis);
+    // One sign of life may be late or lost.
+    Ok(Timing { dead, alive: timing.alive.min(dead / 5), ..timing })
+}
+
 /// What is asked for and, where nothing is, configured.
 fn options(
     request: &MigrateRequest,
@@ -286,6 +304,7 @@ fn options(
         },
         on_stall: request.on_stall.unwrap_or_default(),
         bandwidth: request.bandwidth.filter(|bandwidth| *bandwidth > 0),
+        timing: timing(request.dead_after_ms)?,
         ..SourceOptions::default()
     };
     if !(1..=64).contains(&options.connections) {
