@@ -79,6 +79,8 @@ pub struct Config {
     pub cpus: Option<u32>,
     /// `report=MS`: time between reports; 0 reports on demand only.
     pub report_ms: u64,
+    /// `beat=MS`: time between numbered signs of life on the console; 0 gives none.
+    pub beat_ms: u64,
     /// `dirty=PAGES|max`: pages per second and vCPU.
     pub dirty: Rate,
     /// `ws=MIB|max`.
@@ -142,6 +144,7 @@ impl Default for Config {
         Self {
             cpus: None,
             report_ms: 1000,
+            beat_ms: 0,
             dirty: Rate::PerSecond(0),
             working_set: WorkingSet::Mib(16),
             pattern: Pattern::Sequential,
@@ -180,6 +183,7 @@ impl Config {
         match key {
             b"cpus" => self.cpus = Some(in_range(value, 1, u64::from(MAX_CPUS))? as u32),
             b"report" => self.report_ms = in_range(value, 0, 3_600_000)?,
+            b"beat" => self.beat_ms = in_range(value, 0, 3_600_000)?,
             b"dirty" => self.dirty = parse_rate(value)?,
             b"ws" => {
                 self.working_set = match value {

@@ -29,10 +29,14 @@ pub struct Operator {
     collect: u64,
     pace: u64,
     report_every: u64,
+    beat_every: u64,
     next_byte: u64,
     next_poll: u64,
     next_collect: u64,
     next_report: u64,
+    next_beat: u64,
+    /// Signs of life since boot, also those that the console had no room for.
+    beats: u64,
     /// When `runtime=` is over.
     end: Option<u64>,
     seq: u64,
@@ -67,10 +71,13 @@ impl Operator {
             collect: of(COLLECT_US),
             pace: of(world.config.pace_us),
             report_every: of(world.config.report_ms * 1000),
+            beat_every: of(world.config.beat_ms * 1000),
             next_byte: now,
             next_poll: now,
             next_collect: now,
             next_report: 0,
+            next_beat: 0,
+            beats: 0,
             end: None,
             seq: 0,
             window_start: now,
@@ -112,6 +119,11 @@ impl Operator {
         if self.end.is_some_and(|end| now >= end) {
             self.report(now);
             self.power_off("runtime-over", now);
+        }
+        if self.beat_every != 0 && now >= self.next_beat && self.stage == Stage::Running {
+            self.next_beat = now + self.beat_every;
+            self.beats += 1;
+            report::beat(self.world, self.beats);
         }
         match self.stage {
             Stage::Populating if report::all_ready(world) => {

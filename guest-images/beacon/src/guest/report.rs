@@ -73,6 +73,15 @@ pub fn ready(world: &World, now: u64) {
     console::send(&mut line);
 }
 
+/// A sign of life. Numbers are never used twice by one guest, so that two consoles with the same
+/// number show that it ran twice.
+pub fn beat(world: &World, number: u64) {
+    let mut line = Line::event("beat");
+    line.number("boot", world.tsc_entry);
+    line.number("n", number);
+    console::offer(&mut line);
+}
+
 /// The regular report.
 pub fn report(world: &World, devices: &Devices, seq: u64, now: u64, window_start: u64) {
     let sum = |of: fn(&Shared) -> u64| world.shared.iter().map(of).sum::<u64>();
