@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration::MigrationId;
 use serde_json::json;
 
 use crate::api;
@@ -27,6 +28,9 @@ use crate::snapshot::{self, SaveError};
 use crate::vcpu::GuestRequest;
 use crate::virtio::DiskOwnership;
 use crate::vm_handle::VmHandle;
+
+/// How long a source may take to notice that its connection is lost, at most a minute, and to ask.
+const SOURCE_ASKS: Duration = Duration::from_secs(90);
 
 /// How long console output may take to flow out at the end.
 const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
@@ -287,16 +291,27 @@ pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
     loop {
         match door.receive(&host, settings, &stage)? {
             Received::Here(vm, api) => return arrived(vm, api, &door, &stage),
-            Received::Not(reasons) if settings.once || stage.is_ending() => {
+            Received::Not(reasons, asks) if settings.once || stage.is_ending() => {
+                if let Some(id) = asks.filter(|_| !stage.is_ending()) {
+                    answer_source(&door, &stage, id, &reasons);
+                }
                 return Err(RunError::NotReceived(reasons));
             }
-            Received::Not(reasons) => {
+            Received::Not(reasons, _) => {
                 eprintln!("minivmm: no VM came: {}; listening on", reasons.join("; "));
             }
             Received::Unresolved(reasons) => return Err(RunError::Unresolved(reasons)),
             Received::Stopped => return Ok(RunEnd::Killed),
         }
     }
+}
+
+/// The VM was given up when its source might have handed it over: it asks what became of it.
+fn answer_source(door: &FrontDoor, stage: &Stage, id: MigrationId, reasons: &[String]) {
+    let reasons = reasons.join("; ");
+    eprintln!("minivmm: no VM came: {reasons}; until its source knows, at most {SOURCE_ASKS:?}, this process answers");
+    let deadline = Instant::now() + SOURCE_ASKS;
+    door.answer(&|told| told.contains(&id) || stage.is_ending() || Instant::now() >= deadline);
 }
 
 /// The life of a VM that came from elsewhere.
@@ -310,10 +325,11 @@ fn arrived(
     vm.follow_terminal()?;
     let over = AtomicBool::new(false);
     let is_over = || over.load(Ordering::Acquire);
+    let answered_enough = |_: &[MigrationId]| is_over();
     let handle = Arc::clone(&vm.handle);
     let end = thread::scope(|scope| {
         // Whoever lost the acknowledgement asks what became of the VM.
-        let answers = scope.spawn(|| door.answer(&is_over));
+        let answers = scope.spawn(|| door.answer(&answered_enough));
         let Assembled { name, machine, requests, .. } = &mut *vm;
         scope.spawn(|| take_name_over(name, &handle, &is_over));
         let end = wait_for_end(machine, &handle, requests, machine.config().on_reboot);

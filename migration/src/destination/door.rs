@@ -46,6 +46,8 @@ pub(super) struct Door {
     guests: Mutex<Option<Guests>>,
     strangers: Mutex<Vec<Stranger>>,
     stranger_count: AtomicUsize,
+    /// Migrations whose source has asked for this end's verdict, and got one that decides.
+    told: Mutex<Vec<MigrationId>>,
     closed: AtomicBool,
 }
 
@@ -63,6 +65,7 @@ impl Door {
             guests: Mutex::new(None),
             strangers: Mutex::new(Vec::new()),
             stranger_count: AtomicUsize::new(0),
+            told: Mutex::new(Vec::new()),
             closed: AtomicBool::new(false),
         }
     }
@@ -103,8 +106,10 @@ impl Door {
             transport: Arc::clone(&transport),
             known: Arc::clone(&known),
         });
+        let met = (Arc::clone(&transport), Arc::clone(&known));
         let spawned =
             thread::Builder::new().name("mig-main-in".to_owned()).spawn_scoped(scope, move || {
+                let (transport, known) = met;
                 if let Err(error) = self.meet(&transport, &known) {
                     tracing::info!(peer = transport.peer(), %error, "a connection was closed");
                     transport.shutdown();
@@ -114,6 +119,9 @@ impl Door {
             });
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for a connection");
+            // Its peer need not wait until its time is over.
+            known.store(true, Ordering::Release);
+            transport.shutdown();
             self.stranger_count.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -139,7 +147,11 @@ impl Door {
         };
         match records.kind() {
             StreamKind::Pages => self.join(records, transport),
-            StreamKind::Query => self.answer(records, transport),
+            StreamKind::Query => {
+                // It has a time limit of its own, and is answered also when all else is over.
+                known.store(true, Ordering::Release);
+                self.answer(records, transport)
+            }
             _ => self.begin(records, transport, known),
         }
     }
@@ -243,7 +255,20 @@ impl Door {
         });
         tracing::info!(%id, ?verdict, reclaim = query.reclaim, "a verdict query was answered");
         let mut out = RecordWriter::new(Stream(Arc::clone(transport)), StreamKind::Query)?;
-        out.send(&VerdictWire { verdict: verdict.number() })
+        out.send(&VerdictWire { verdict: verdict.number() })?;
+        let decides = matches!(verdict, Verdict::RunningHere | Verdict::NotHere);
+        // Who has got the answer closes the connection.
+        let got = decides
+            && records.next_record().is_err_and(|e| matches!(e.problem, Problem::Truncated));
+        if got && query.side == Side::Destination as u16 {
+            self.told().push(id);
+        }
+        Ok(())
+    }
+
+    /// Migrations whose source knows what was decided here, because it asked.
+    pub(super) fn told(&self) -> MutexGuard<'_, Vec<MigrationId>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes connections that have not shown their purpose in time.

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::handover::{Cause, DestinationPhase, Owner};
+use crate::identity::MigrationId;
 use crate::journal::Journal;
 use crate::link::Timing;
 use crate::snapshot::Blob;
@@ -86,8 +87,8 @@ pub struct ArrivalReport {
     /// Who owns it.
     #[serde(flatten)]
     pub outcome: Arrival,
-    /// Whether the source knows that the VM runs here. Otherwise it may still ask: go on answering
-    /// ([`answer_queries`]).
+    /// Whether the source knows that the VM runs here, or that it does not, or need not be told. Otherwise
+    /// it may still ask: go on answering ([`answer_queries`]).
     pub confirmed: bool,
     /// Pages that came with contents.
     pub data_pages: u64,
@@ -254,7 +255,7 @@ pub fn receive(
         }
     }
     let door = Door::new(journal.clone(), options.timing, Some(sender.clone()));
-    let report = thread::scope(|scope| {
+    let mut report = thread::scope(|scope| {
         let started = thread::Builder::new()
             .name("mig-door".to_owned())
             .spawn_scoped(scope, || door.serve(scope, listener));
@@ -266,11 +267,16 @@ pub fn receive(
         report
     });
     control.state().inbox = None;
+    if let Ok(report) = &mut report {
+        // The answer may have been given when all else was over.
+        report.confirmed |= door.told().iter().any(|id| id.to_string() == report.id);
+    }
     report
 }
 
-/// Answers verdict queries until `stop` is called: what a process does whose VM came in, as long as the
-/// source may not know. Migrations are refused.
+/// Answers verdict queries until `stop` says so: what a process does whose VM came in, or was given up,
+/// as long as the source may not know. `stop` is told which migrations' sources have got a verdict that
+/// decides. Migrations are refused.
 ///
 /// # Errors
 /// No thread could be started.
@@ -278,14 +284,14 @@ pub fn answer_queries(
     listener: &dyn Listener,
     journal: &Journal,
     timing: Timing,
-    stop: &dyn Fn() -> bool,
+    stop: &dyn Fn(&[MigrationId]) -> bool,
 ) -> io::Result<()> {
     let door = Door::new(journal.clone(), timing, None);
     thread::scope(|scope| {
         let started = thread::Builder::new()
             .name("mig-door".to_owned())
             .spawn_scoped(scope, || door.serve(scope, listener));
-        while started.is_ok() && !stop() {
+        while started.is_ok() && !stop(&door.told()) {
             thread::park_timeout(door::ACCEPT_INTERVAL);
         }
         door.close();

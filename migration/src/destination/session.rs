@@ -550,6 +550,11 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                 }
             }
         }
+        if self.phase == DestinationPhase::Discarded {
+            // Only after LOADED can the source have gone further than this end.
+            let may_ask = self.stage.reached(Stage::LOADED);
+            self.confirmed = !may_ask || self.cause == Cause::PeerAborted;
+        }
         self.close_connections();
         // What joined too late.
         while let Ok(input) = self.inbox.try_recv() {

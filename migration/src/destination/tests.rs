@@ -363,7 +363,7 @@ fn memory_that_differs_is_found_before_the_state_is_loaded() {
 
 #[test]
 fn a_loaded_vm_is_kept_when_the_source_falls_silent_and_can_be_reclaimed() {
-    for reclaim in [false, true] {
+    for (reclaim, given_up) in [(false, false), (true, false), (false, true)] {
         let bench = Bench::new();
         let (report, ()) = bench.receive(|network| {
             let (main, _pages) = loaded(network);
@@ -388,16 +388,22 @@ fn a_loaded_vm_is_kept_when_the_source_falls_silent_and_can_be_reclaimed() {
             assert!(bench.host.vm().is_some(), "kept");
             if reclaim {
                 assert_eq!(ask(true), Verdict::NotHere);
+            }
+            if given_up {
+                bench.journal.resolve(id, Side::Destination, Owner::There).unwrap();
+            }
+            if reclaim || given_up {
                 while bench.host.vm().is_some() {
                     thread::yield_now();
                 }
             }
         });
         match report.outcome {
-            Arrival::NotHere { .. } => assert!(reclaim),
-            Arrival::Unresolved { .. } => assert!(!reclaim),
+            Arrival::NotHere { .. } => assert!(reclaim || given_up),
+            Arrival::Unresolved { .. } => assert!(!reclaim && !given_up),
             other => panic!("{other:?}"),
         }
+        assert_eq!(report.confirmed, reclaim, "only who was asked has told");
     }
 }
 

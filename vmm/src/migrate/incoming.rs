@@ -10,7 +10,7 @@ use migration::destination::{
 use migration::journal::Journal;
 use migration::snapshot::Blob;
 use migration::transport::TcpAcceptor;
-use migration::{DestinationHost, DestinationVm, Offer};
+use migration::{DestinationHost, DestinationVm, MigrationId, Offer};
 use serde_json::json;
 
 use super::resources::ResourcesV1;
@@ -86,8 +86,8 @@ fn end_waiting(control: &DestinationControl) {
 pub enum Received {
     /// The VM is here, served by this API.
     Here(Box<Assembled>, ApiHandle),
-    /// It is not, for these reasons.
-    Not(Vec<String>),
+    /// It is not, for these reasons; the source may still ask, unless this is `None`.
+    Not(Vec<String>, Option<MigrationId>),
     /// Nobody knows.
     Unresolved(Vec<String>),
     /// None came.
@@ -154,7 +154,10 @@ impl FrontDoor {
                 vm.handle.end_arrival(value);
                 return Ok(Received::Here(Box::new(vm), api));
             }
-            Arrival::NotHere { reasons, .. } => Received::Not(reasons),
+            Arrival::NotHere { reasons, .. } => {
+                let id = report.id.parse().ok();
+                Received::Not(reasons, id.filter(|_| !report.confirmed))
+            }
             Arrival::Unresolved { reasons } => Received::Unresolved(reasons),
             Arrival::Stopped => Received::Stopped,
         };
@@ -167,8 +170,9 @@ impl FrontDoor {
         Ok(reasons)
     }
 
-    /// Tells whoever asks what became of migrations to this host, until `is_over`.
-    pub fn answer(&self, is_over: &dyn Fn() -> bool) {
+    /// Tells whoever asks what became of migrations to this host, until `is_over`, which is told
+    /// whose sources have got an answer.
+    pub fn answer(&self, is_over: &dyn Fn(&[MigrationId]) -> bool) {
         let answered = {
             let timing = DestinationOptions::default().timing;
             answer_queries(&self.acceptor, &self.journal, timing, is_over)
