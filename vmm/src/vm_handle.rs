@@ -113,6 +113,9 @@ impl VmHandle {
                  with `minivmm resolve`"
                     .to_owned(),
             )),
+            Some(SourcePhase::Committing | SourcePhase::HandedOver) => Err(ControlError::Conflict(
+                "too late here: the VM is being handed over to the other host".to_owned(),
+            )),
             _ => Ok(()),
         }
     }
@@ -180,12 +183,16 @@ impl Control for VmHandle {
 
     fn pause(&self) -> Result<(), ControlError> {
         self.check_here()?;
-        Ok(self.machine.pause()?)
+        self.machine.pause()?;
+        // If it has been committed meanwhile, it may have been too late.
+        self.check_here()
     }
 
     fn resume(&self) -> Result<(), ControlError> {
         self.check_here()?;
-        Ok(self.machine.resume()?)
+        self.machine.resume()?;
+        // As above.
+        self.check_here()
     }
 
     fn power_button(&self) -> Result<(), ControlError> {

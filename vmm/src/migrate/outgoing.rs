@@ -305,7 +305,6 @@ fn options(
         on_stall: request.on_stall.unwrap_or_default(),
         bandwidth: request.bandwidth.filter(|bandwidth| *bandwidth > 0),
         timing: timing(request.dead_after_ms)?,
-        ..SourceOptions::default()
     };
     if !(1..=64).contains(&options.connections) {
         return bad(format!("{} connections are not possible: use 1 to 64", options.connections));
