@@ -26,6 +26,7 @@ pub mod lab;
 mod needs;
 pub mod network;
 mod process;
+pub mod proxy;
 mod snapshot;
 mod suite;
 mod vm;
