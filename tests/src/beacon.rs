@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::PATIENCE;
+use crate::{witness, PATIENCE};
 
 /// Lines that wait for the test. When a test does not look, the console's own bounds apply.
 const QUEUE: usize = 4096;
@@ -47,6 +47,8 @@ enum Piece {
 /// A guest's output, read on a thread of its own.
 #[derive(Debug)]
 pub struct Console {
+    /// As the witness knows it.
+    number: u64,
     pieces: Receiver<Piece>,
     seen: VecDeque<String>,
     tolerated: Vec<&'static str>,
@@ -61,14 +63,20 @@ impl Console {
         let (sender, pieces) = sync_channel(QUEUE);
         let mut line = head.as_bytes().to_vec();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let number = witness::new_console();
         let read = move || {
             let mut buffer = [0; 4096];
+            let mut wanted = true;
             while let Ok(count @ 1..) = output.read(&mut buffer) {
                 for byte in &buffer[..count] {
                     if *byte != b'\n' {
                         line.push(*byte);
-                    } else if sender.send(Piece::Line(text(&std::mem::take(&mut line)))).is_err() {
-                        return;
+                        continue;
+                    }
+                    let line = text(&std::mem::take(&mut line));
+                    // Beats are the witness' alone, also when nobody looks at the rest any more.
+                    if !is_beat(number, &line) && wanted {
+                        wanted = sender.send(Piece::Line(line)).is_ok();
                     }
                 }
             }
@@ -76,6 +84,7 @@ impl Console {
         };
         std::thread::Builder::new().name("console".into()).spawn(read).unwrap();
         Self {
+            number,
             pieces,
             seen: VecDeque::new(),
             tolerated: Vec::new(),
@@ -122,6 +131,9 @@ impl Console {
                 Err(RecvTimeoutError::Timeout) => return None,
                 Err(RecvTimeoutError::Disconnected) => panic!("the reading thread ended"),
             };
+            if let Some(how) = witness::ran_twice(self.number) {
+                panic!("{how}");
+            }
             let first = std::mem::take(&mut self.begins_within);
             if self.seen.len() == SHOWN {
                 self.seen.pop_front();
@@ -179,10 +191,25 @@ impl Console {
         self.find(kind, |event| event["event"] == kind)
     }
 
+    /// The guest's boot and the number of its last beat here.
+    #[must_use]
+    pub fn last_beat(&self) -> Option<(u64, u64)> {
+        witness::last_beat(self.number)
+    }
+
+    /// How the guest of this console ran twice, if it did.
+    #[must_use]
+    pub fn ran_twice(&self) -> Option<String> {
+        witness::ran_twice(self.number)
+    }
+
     /// Reads to the end; gives what came after the last newline.
     #[track_caller]
     pub fn to_end(&mut self) -> String {
         while self.next_event().is_some() {}
+        if let Some(how) = self.ran_twice() {
+            panic!("{how}");
+        }
         self.end.clone().unwrap_or_default()
     }
 
@@ -194,6 +221,20 @@ impl Console {
         }
         text
     }
+}
+
+/// Takes a line to the witness if it is a beat.
+fn is_beat(console: u64, line: &str) -> bool {
+    const BEAT: &str = "{\"event\":\"beat\",";
+    if !line.starts_with(BEAT) {
+        return false;
+    }
+    let Ok(beat) = serde_json::from_str::<Value>(line) else { return false };
+    match (beat["boot"].as_u64(), beat["n"].as_u64()) {
+        (Some(boot), Some(number)) => witness::beat(console, boot, number),
+        _ => return false,
+    }
+    true
 }
 
 /// A number of an event.

@@ -30,6 +30,7 @@ pub mod proxy;
 mod snapshot;
 mod suite;
 mod vm;
+mod witness;
 
 use std::time::Duration;
 

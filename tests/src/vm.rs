@@ -153,9 +153,17 @@ impl Vm {
     }
 
     /// Ends the process with SIGKILL and waits for that.
+    #[track_caller]
     pub fn kill_9(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+        // What the guest said until then counts.
+        self.console.to_end();
+    }
+
+    /// Whether the process has not ended.
+    pub fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     /// Waits for the end. `stdout` has what came after the last newline.
