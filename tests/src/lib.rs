@@ -6,6 +6,7 @@
 //!   Suite     which tests there are, and which of them this machine can run
 //!   Host      a runtime directory of its own and a place for files; runs commands to their end
 //!   Vm        a `minivmm run` or `restore` that goes on, with beacon's events as they come
+//!   Migrating a `minivmm migrate` that is under way; proxy, the network that it goes through
 //!   Snapshot  a saved VM, opened with the library; Records, the same file as bytes to be damaged
 //! ```
 //!
@@ -20,9 +21,11 @@
 
 mod beacon;
 pub mod bench;
+pub mod fire;
 mod guest;
 mod host;
 pub mod lab;
+mod migrating;
 mod needs;
 pub mod network;
 mod process;
@@ -37,6 +40,7 @@ use std::time::Duration;
 pub use beacon::{goes_on, number, Console};
 pub use guest::Guest;
 pub use host::{binary, Host};
+pub use migrating::Migrating;
 pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, HugePages};
 pub use process::{finish, wait, Collected, Finished};
 pub use snapshot::{Records, Snapshot};

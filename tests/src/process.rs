@@ -111,6 +111,10 @@ fn last(text: &str) -> String {
 /// Waits for the end of a process; `None` when it has not ended in time.
 pub fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + limit;
+    // Somebody may have looked before.
+    if let Some(status) = child.try_wait().unwrap() {
+        return Some(status);
+    }
     let pid = Pid::from_child(child);
     // Not reaped yet, so that the id is still this process' own.
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();

@@ -17,10 +17,19 @@ impl Suite {
     /// Adds a test that fails by panicking. Where one of `needs` is not met it is ignored, and
     /// says why.
     pub fn test(&mut self, needs: &[&Need], name: &str, test: fn()) {
+        self.case(needs, name, test);
+    }
+
+    /// Adds a test of many that are made from data.
+    pub fn case(&mut self, needs: &[&Need], name: &str, test: impl FnOnce() + Send + 'static) {
         let trial = Trial::test(name, move || {
             test();
             Ok(())
         });
+        self.add(needs, trial);
+    }
+
+    fn add(&mut self, needs: &[&Need], trial: Trial) {
         let missing = needs.iter().find_map(|need| need.as_ref().err());
         self.trials.push(match missing {
             Some(why) => trial.with_kind(why.clone()).with_ignored_flag(true),

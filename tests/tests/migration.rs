@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{ExitCode, Stdio};
 use std::time::Instant;
 
 use serde_json::Value;
-use tests::{add, kvm, number, Finished, Host, Suite, Vm, PATIENCE};
+use tests::{add, kvm, number, Host, Migrating, Suite, Vm, PATIENCE};
 
 /// A guest that works hard enough to notice what goes wrong, and says so often.
 const BUSY: &str = "ws=8 dirty=4000 pattern=random report=250 pace=0";
@@ -46,43 +46,18 @@ fn migrate(from: &Host, to: &str, args: &[&str]) -> Value {
 }
 
 /// A migration so slow that it is under way until something is done about it.
-struct Slow(Child);
-
-impl Slow {
-    #[track_caller]
-    fn start(host: &Host, to: &str, args: &[&str]) -> Self {
-        let all = [&["migrate", "vm", "--to", to, "--bandwidth", "64K"], args].concat();
-        let mut command: Command = host.command(&all);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let slow = Self(command.spawn().unwrap());
-        let deadline = Instant::now() + PATIENCE;
-        // Pages are on their way.
-        loop {
-            let current = &host.json(&["migration", "vm"])["current"];
-            if current["phase"] == "copying" && current["progress"]["bytes"].as_u64() > Some(0) {
-                return slow;
-            }
-            assert!(Instant::now() < deadline, "{current}");
-            std::thread::yield_now();
+#[track_caller]
+fn slowly(host: &Host, to: &str, args: &[&str]) -> Migrating {
+    let slow = Migrating::start(host, to, &[&["--bandwidth", "64K"], args].concat());
+    let deadline = Instant::now() + PATIENCE;
+    // Pages are on their way.
+    loop {
+        let current = &host.json(&["migration", "vm"])["current"];
+        if current["phase"] == "copying" && current["progress"]["bytes"].as_u64() > Some(0) {
+            return slow;
         }
-    }
-
-    /// What `minivmm migrate` said in the end.
-    #[track_caller]
-    fn end(mut self) -> Finished {
-        assert!(tests::wait(&mut self.0, PATIENCE).is_some(), "minivmm migrate does not end");
-        let text = |pipe: &mut dyn std::io::Read| {
-            let mut text = String::new();
-            pipe.read_to_string(&mut text).unwrap();
-            text
-        };
-        Finished {
-            command: "migrate".into(),
-            stdout: text(self.0.stdout.as_mut().unwrap()),
-            stderr: text(self.0.stderr.as_mut().unwrap()),
-            code: self.0.wait().unwrap().code(),
-            signal: None,
-        }
+        assert!(Instant::now() < deadline, "{current}");
+        std::thread::yield_now();
     }
 }
 
@@ -239,7 +214,7 @@ fn a_destination_that_is_killed_costs_nothing() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (destination, to) = b.receive(&[]);
-    let slow = Slow::start(&a, &to, &[]);
+    let slow = slowly(&a, &to, &[]);
     destination.kill_9();
     let finished = slow.end();
     assert_eq!(finished.code, Some(1), "{finished:#?}");
@@ -258,7 +233,7 @@ fn a_source_that_is_killed_is_told_at_the_destination() {
     let (a, b) = (Host::new(), Host::new());
     let source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = Slow::start(&a, &to, &[]);
+    let slow = slowly(&a, &to, &[]);
     assert_eq!(b.json(&["info", "vm"])["status"], "incoming");
     assert_eq!(b.cli(&["resume", "vm"]).code, Some(5));
     source.kill_9();
@@ -274,7 +249,7 @@ fn a_cancelled_migration_leaves_the_guest_running() {
     let mut source = a.run(BUSY, &[]).ready();
     assert_eq!(a.cli(&["cancel", "vm"]).code, Some(5));
     let (mut destination, to) = b.receive(&[]);
-    let slow = Slow::start(&a, &to, &[]);
+    let slow = slowly(&a, &to, &[]);
     let second = a.cli(&["migrate", "vm", "--to", &to]);
     assert_eq!(second.code, Some(5), "{second:#?}");
     a.ok(&["cancel", "vm"]);
@@ -299,7 +274,7 @@ fn the_bandwidth_is_changed_under_way() {
     let mut source = a.run(BUSY, &[]).ready();
     let before = source.report();
     let (mut destination, to) = b.receive(&[]);
-    let slow = Slow::start(&a, &to, &["--json"]);
+    let slow = slowly(&a, &to, &["--json"]);
     a.ok(&["migrate-set", "vm", "--bandwidth", "0", "--downtime", "50ms"]);
     let finished = slow.end();
     assert_eq!(finished.code, Some(0), "{finished:#?}");
@@ -352,7 +327,7 @@ fn a_guest_that_reboots_under_way_arrives() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = Slow::start(&a, &to, &["--verify"]);
+    let slow = slowly(&a, &to, &["--verify"]);
     source.send("reboot");
     source.console.event("reboot");
     source.console.event("ready");
@@ -366,7 +341,7 @@ fn a_guest_that_powers_off_under_way_ends_here() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = Slow::start(&a, &to, &[]);
+    let slow = slowly(&a, &to, &[]);
     source.send("poweroff");
     source.ends_well();
     assert_ne!(slow.end().code, Some(0));
@@ -379,7 +354,7 @@ fn an_operator_ends_a_vm_under_way() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = Slow::start(&a, &to, &[]);
+    let slow = slowly(&a, &to, &[]);
     a.ok(&["kill", "vm"]);
     source.ends_well();
     assert_ne!(slow.end().code, Some(0));

@@ -64,6 +64,8 @@ pub enum Edit {
     FlipHeader(usize),
     /// Inverts a byte of its payload.
     FlipPayload(u64),
+    /// Inverts the last byte of its payload.
+    FlipLast,
     /// Lets one half of it through and cuts the connection.
     Truncate(Cut),
     /// Sends it twice.

@@ -281,6 +281,7 @@ impl Pump {
                 assert!(at < self.current.payload, "the record has no byte {at}");
                 self.current.flip = Some(at);
             }
+            Edit::FlipLast => self.current.flip = self.current.payload.checked_sub(1),
             Edit::Truncate(how) => self.current.truncate = Some((self.current.size / 2, how)),
             Edit::Duplicate => self.current.copy = Some(Vec::new()),
             Edit::Delay(time) => thread::sleep(time),

@@ -1,0 +1,141 @@
+//! Single records that are not as they were sent, and a source that cannot ask.
+
+use migration::stream::RecordType;
+use tests::fire::{moves, runs, until, Place, Scene, Thief};
+use tests::proxy::{Cut, Edit, On, Spot, Way};
+use tests::{add, Need, Suite};
+
+/// Nothing is written after round 0, which would make a damaged page good again.
+const STILL: &str = "ws=8 dirty=0 report=0 pace=0 beat=20";
+
+pub fn add(suite: &mut Suite, needs: &[&Need]) {
+    add!(suite, needs;
+        a_damaged_page_is_found_by_verify_and_by_nothing_else,
+        half_a_record_and_a_record_that_comes_twice_end_the_migration,
+        an_answer_that_is_lost_is_asked_for_again,
+        a_disk_that_cannot_be_taken_back_is_waited_for,
+        a_guest_that_runs_twice_is_seen,
+    );
+}
+
+fn a_damaged_page_is_found_by_verify_and_by_nothing_else() {
+    for verify in [true, false] {
+        let here = Place::plain();
+        let vm = here.host.run(STILL, &[]).ready();
+        let mut scene = Scene::with(vm, here, Place::plain(), None);
+        // The middle of the working set: the last stamp of the last page of a record.
+        let spot = Spot::new(On::Page(0), Way::Forth, RecordType::Pages).round(0).nth(4);
+        let touched = scene.proxy.edit(spot, Edit::FlipLast);
+        let migrating = scene.migrate(if verify { &["--verify"] } else { &[] });
+        touched.wait();
+        let finished = migrating.end();
+        if verify {
+            assert_eq!(finished.code, Some(1), "{finished:#?}");
+            assert!(finished.stdout.contains("memory differs"), "{finished:#?}");
+            let mut vm = scene.source.take().unwrap();
+            vm.verify();
+            vm.ask("dirty 4000", "dirty");
+            moves(vm, &scene.here, &scene.there, &[]).kill_9();
+        } else {
+            assert_eq!(finished.code, Some(0), "{finished:#?}");
+            let console = &mut scene.destination().console;
+            console.tolerate("corrupt");
+            assert_eq!(console.event("corrupt")["kind"], "torn");
+        }
+    }
+}
+
+fn half_a_record_and_a_record_that_comes_twice_end_the_migration() {
+    let pages = Spot::new(On::Page(0), Way::Forth, RecordType::Pages).round(0).nth(2);
+    let state = Spot::new(On::Main, Way::Forth, RecordType::State).nth(3);
+    for spot in [pages, state] {
+        for edit in [Edit::Truncate(Cut::Fin), Edit::Truncate(Cut::Reset), Edit::Duplicate] {
+            let mut scene = Scene::start();
+            let touched = scene.proxy.edit(spot, edit);
+            let finished = scene.migrate(&[]).end();
+            assert!(touched.happened());
+            assert_eq!(finished.code, Some(1), "{finished:#?}");
+            let gone = scene.destination().end();
+            assert_eq!(gone.code, Some(1), "{gone:#?}");
+            let mut vm = scene.source.take().unwrap();
+            runs(&mut vm, &scene.before);
+            moves(vm, &scene.here, &scene.there, &[]).kill_9();
+        }
+    }
+}
+
+/// COMMIT is lost, and so is the destination's first answer to the question what became of it.
+fn an_answer_that_is_lost_is_asked_for_again() {
+    for arrives in [false, true] {
+        let mut scene = Scene::start();
+        let commit = Spot::new(On::Main, Way::Forth, RecordType::Commit);
+        let resumed = Spot::new(On::Main, Way::Back, RecordType::Resumed);
+        let lost = scene.proxy.hold(if arrives { resumed } else { commit });
+        let answer = Spot::new(On::Query, Way::Back, RecordType::Verdict);
+        let [first, second] = [0, 1].map(|nth| scene.proxy.hold(answer.nth(nth)));
+        let migrating = scene.migrate(&[]);
+        lost.wait();
+        scene.proxy.cut(On::Main, Cut::Reset);
+        first.wait();
+        scene.proxy.cut(On::Query, Cut::Reset);
+        // Frozen meanwhile.
+        assert_eq!(scene.here.status().as_deref(), Some("unresolved"));
+        second.wait();
+        second.release();
+        let finished = migrating.end();
+        assert_eq!(finished.code, Some(if arrives { 0 } else { 1 }), "{finished:#?}");
+        let (mut source, mut destination) =
+            (scene.source.take().unwrap(), scene.destination.take().unwrap());
+        if arrives {
+            source.ends_well();
+            runs(&mut destination, &scene.before);
+            moves(destination, &scene.there, &scene.here, &[]).kill_9();
+        } else {
+            assert_eq!(destination.end().code, Some(1));
+            runs(&mut source, &scene.before);
+            moves(source, &scene.here, &scene.there, &[]).kill_9();
+        }
+    }
+}
+
+fn a_disk_that_cannot_be_taken_back_is_waited_for() {
+    let mut scene = Scene::start_with_disk();
+    let held = scene.proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Commit));
+    let migrating = scene.migrate(&[]);
+    held.wait();
+    let thief = Thief::take(scene.disk.as_ref().unwrap());
+    scene.proxy.cut(On::Main, Cut::Reset);
+    // The verdict is `not here`, and the guest stands still until it has its disk.
+    until("a note", || {
+        let current = &scene.here.host.json(&["migration", "vm"])["current"];
+        let note = current["progress"]["note"].as_str().unwrap_or_default().to_owned();
+        note.contains("the VM is here and paused")
+    });
+    let beats = scene.source().console.last_beat();
+    let exits = || scene.here.host.json(&["stats", "vm"])["vcpus"].clone();
+    assert_eq!(exits(), exits(), "it stands still");
+    assert_eq!(scene.source.as_ref().unwrap().console.last_beat(), beats);
+    drop(thief);
+    let finished = migrating.end();
+    assert_eq!(finished.code, Some(1), "{finished:#?}");
+    let mut vm = scene.source.take().unwrap();
+    runs(&mut vm, &scene.before);
+    moves(vm, &scene.here, &scene.there, &[]).kill_9();
+}
+
+/// The witness' own test: two processes run one guest on purpose.
+fn a_guest_that_runs_twice_is_seen() {
+    let place = Place::plain();
+    let mut vm = place.host.run("ws=1 report=0 pace=0 beat=20", &[]).ready();
+    until("a beat", || vm.console.last_beat().is_some());
+    let file = place.host.file("saved");
+    place.host.ok(&["save", "vm", &file, "--stop"]);
+    vm.ends_well();
+    let places = [Place::plain(), Place::plain()];
+    let one = places[0].host.restore(&file, &[]);
+    until("more beats", || one.console.last_beat() > vm.console.last_beat());
+    assert_eq!(one.console.ran_twice(), None, "it went on, in another process");
+    let other = places[1].host.restore(&file, &[]);
+    until("the witness' word", || one.console.ran_twice().is_some());
+    assert!(other.console.ran_twice().is_some());
+}
