@@ -119,6 +119,7 @@ fn the_fields_are_the_same() {
         "mode",
         "downtime_us",
         "timeout_ms",
+        "dead_after_ms",
         "on_stall",
         "connections",
         "bandwidth",
