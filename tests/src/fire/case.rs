@@ -181,6 +181,8 @@ impl Case {
         use Runs::{Destination, Nobody, Source, Unresolved};
         let phase = self.phase;
         match self.fault {
+            // All that the destination needs may be on its way.
+            Fault::KillSource if phase == Phase::Stopping => &[Nobody, Unresolved],
             // It ended with the process that owned it.
             Fault::KillSource | Fault::LoseSource if phase < Phase::Loaded => &[Nobody],
             Fault::KillSource | Fault::LoseSource if phase == Phase::Loaded => &[Unresolved],
