@@ -540,7 +540,8 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
     }
 
     fn end(mut self) -> ArrivalReport {
-        if self.phase == DestinationPhase::Running {
+        // Who came by an operator's word, or the journal's, has no connection any more.
+        if self.phase == DestinationPhase::Running && self.link.is_some() {
             // Until the source says that it knows, somebody must be there to be asked.
             let deadline = Instant::now() + self.offer.dead;
             while let Some(input) = self.next(deadline) {

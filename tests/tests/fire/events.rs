@@ -50,7 +50,7 @@ impl Standing {
         // Where it stands is the same for all faults but a few.
         let case = Case { fault: Fault::CutControl, phase, connections: 2, cold: false };
         let held = scene.proxy.hold(case.spot());
-        let migrating = scene.migrate(&["--connections", "2", "--dead-after", "20s"]);
+        let migrating = scene.migrate(&["--connections", "2", "--dead-after", "60s"]);
         held.wait();
         Self { scene, migrating, held }
     }
