@@ -5,6 +5,7 @@
 //!
 //! - [`address`], [`layout`], [`page_set`]: guest pages, which ones exist, and sets of them.
 //! - [`pagemap`]: which pages of a mapping are populated.
+//! - [`prepaging`]: which page of a post-copy migration goes next.
 //! - [`vm`]: the traits that a VM implements.
 //! - [`stream`]: the records that carry a VM, in a file or over a connection.
 //! - [`snapshot`]: a VM in a file.
@@ -20,6 +21,7 @@ pub mod layout;
 mod link;
 pub mod page_set;
 pub mod pagemap;
+pub mod prepaging;
 pub mod report;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod simulated;
