@@ -10,16 +10,20 @@
 //!
 //! - `streams` recognises walks through memory; the answer to a fault then runs ahead of the guest;
 //! - `pivots` has push grow windows around the latest faults, bent the way that a walk goes.
+//!
+//! [`simulation`] tells in virtual time what that is worth, with the walks of [`traces`]; the example `prepaging` prints it.
 
 mod pivots;
+pub mod simulation;
 mod streams;
 #[cfg(test)]
 mod tests;
+pub mod traces;
 mod unsent;
 
 use serde::{Deserialize, Serialize};
 
-use self::pivots::{Bend, Pivots};
+use self::pivots::Pivots;
 use self::streams::{Heading, Streams};
 use self::unsent::Unsent;
 use crate::address::{Gfn, PageRange};
@@ -125,21 +129,18 @@ impl Plan {
 
     /// A fault on a unit, which is claimed; `wanted`: it was not before.
     fn bubble(&mut self, at: u64, wanted: bool, runs: &mut Vec<PageRange>) {
-        let heading = self.streams.fault(at, &self.unsent);
+        let heading = self.streams.fault(at, wanted, &self.unsent);
         let mut end = at;
-        let mut bend = Bend::Even;
         match heading {
-            Some(heading) => {
-                bend = if heading.stride > 0 { Bend::Up } else { Bend::Down };
-                if wanted {
-                    end = self.claim_ahead(at, heading, runs);
-                }
+            Some(heading) if wanted => {
+                end = self.claim_ahead(at, heading, runs);
+                self.streams.sent_ahead(at, end);
             }
             None if wanted => self.claim_around(at, runs),
-            None => {}
+            _ => {}
         }
-        let before = heading.map(|heading| heading.before);
-        self.pivots.add(at, end, bend, before, &self.unsent);
+        let (stride, before) = heading.map_or((0, None), |it| (it.stride, Some(it.before)));
+        self.pivots.add(at, end, stride, before, &self.unsent);
     }
 
     fn claim_around(&mut self, at: u64, runs: &mut Vec<PageRange>) {
@@ -170,17 +171,8 @@ impl Plan {
                 }
             }
             stride => {
-                for _ in 0..reach {
-                    let Some(next) = end.checked_add_signed(stride) else { break };
-                    if units == 0 || !region.contains(&next) {
-                        break;
-                    }
-                    end = next;
-                    if self.unsent.contains(next) {
-                        runs.push(self.unsent.claim(next..next + 1));
-                        units -= 1;
-                    }
-                }
+                let mut steps = reach;
+                end = self.unsent.claim_along(at, stride, &mut steps, &mut units, runs);
             }
         }
         end

@@ -10,7 +10,8 @@
 //!                        one bubble: the older pivot is dropped
 //! ```
 //!
-//! Pivots take turns. A new one comes first and has a few turns as a head start.
+//! Pivots take turns. A new one comes first and has a few turns as a head start. The pivot of a walk is at its head: its
+//! window mostly grows the way that the walk goes, at a stride of several units by single units first.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -22,26 +23,21 @@ use crate::address::PageRange;
 const MAX_PIVOTS: usize = 16;
 /// Turns that a new pivot has before all others: both of its sides, twice.
 const HEAD_START: u64 = 4;
-/// Of so many turns of a pivot with a direction one goes the other way.
-const TURNS_PER_TURN_BACK: u64 = 4;
-
-/// Which way a pivot's window grows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Bend {
-    /// To both sides alike.
-    Even,
-    /// Mostly to higher units.
-    Up,
-    /// Mostly to lower units.
-    Down,
-}
+/// Steps of a longer stride that a pivot pushes, one page each, before it goes on with whole runs: the
+/// guest's next faults renew it, and a walk that ended leaves no more than this in pieces.
+const STEPS: u64 = 64;
+/// Of so many turns of a pivot with a stride one goes the other way.
+const TURNS_FOR_ONE_BACK: u64 = 4;
 
 #[derive(Debug, Clone)]
 struct Pivot {
     fault: u64,
     /// Where its window grows from: the fault, or the end of what was sent ahead with it.
     at: u64,
-    bend: Bend,
+    /// Of the walk that it belongs to, or 0; the window mostly grows that way.
+    stride: i64,
+    /// How far it still goes by the stride alone.
+    steps: u64,
     /// Turns that it had.
     turns: u64,
     /// When it came, counted in pivots.
@@ -51,10 +47,25 @@ struct Pivot {
 impl Pivot {
     /// The side of the next turn.
     fn goes_up(&self) -> bool {
-        match self.bend {
-            Bend::Even => self.turns % 2 == 0,
-            Bend::Up => self.turns % TURNS_PER_TURN_BACK != TURNS_PER_TURN_BACK - 1,
-            Bend::Down => self.turns % TURNS_PER_TURN_BACK == TURNS_PER_TURN_BACK - 1,
+        let back = self.turns % TURNS_FOR_ONE_BACK == TURNS_FOR_ONE_BACK - 1;
+        match self.stride {
+            0 => self.turns % 2 == 0,
+            stride => (stride > 0) != back,
+        }
+    }
+
+    fn claim(&mut self, units: &mut u64, unsent: &mut Unsent, runs: &mut Vec<PageRange>) {
+        let region = unsent.region(self.at);
+        let up = self.goes_up();
+        if self.stride.unsigned_abs() > 1 && up == (self.stride > 0) {
+            self.at = unsent.claim_along(self.at, self.stride, &mut self.steps, units, runs);
+        }
+        for up in [up, !up] {
+            if up {
+                unsent.claim_up(self.at..region.end, units, runs);
+            } else {
+                unsent.claim_down(region.start..self.at, units, runs);
+            }
         }
     }
 }
@@ -67,13 +78,13 @@ pub(super) struct Pivots {
 }
 
 impl Pivots {
-    /// Makes a fault the newest pivot, whose window grows from `at`. It takes over from the pivot
-    /// of the fault `before`, if that is one.
+    /// Makes a fault the newest pivot, whose window grows from `at`. With a `stride` other than 0 it
+    /// belongs to a walk, and takes over from the pivot of the fault `before`.
     pub(super) fn add(
         &mut self,
         fault: u64,
         at: u64,
-        bend: Bend,
+        stride: i64,
         before: Option<u64>,
         unsent: &Unsent,
     ) {
@@ -84,7 +95,7 @@ impl Pivots {
             oldest.and_then(|i| self.queue.remove(i));
         }
         self.born += 1;
-        self.queue.push_front(Pivot { fault, at, bend, turns: 0, born: self.born });
+        self.queue.push_front(Pivot { fault, at, stride, steps: STEPS, turns: 0, born: self.born });
     }
 
     /// One turn: claims at most `units` units beside one pivot, beside others only where that one has no more.
@@ -96,15 +107,7 @@ impl Pivots {
         runs: &mut Vec<PageRange>,
     ) -> u64 {
         while let Some(mut pivot) = self.queue.pop_front() {
-            let region = unsent.region(pivot.at);
-            let up = pivot.goes_up();
-            for up in [up, !up] {
-                if up {
-                    unsent.claim_up(pivot.at..region.end, &mut units, runs);
-                } else {
-                    unsent.claim_down(region.start..pivot.at, &mut units, runs);
-                }
-            }
+            pivot.claim(&mut units, unsent, runs);
             if units == 0 {
                 pivot.turns += 1;
                 self.put_back(pivot, unsent);

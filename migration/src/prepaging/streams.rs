@@ -5,8 +5,8 @@
 //! belongs to the stream that it continues, or else to the nearest that knows no stride yet. Like
 //! read-ahead in Linux (mm/readahead.c), a stream's window doubles with each fault that continues it.
 //!
-//! What was sent ahead never faults, so a stream's next fault lies *behind* it: at any multiple of the stride within
-//! the window and some slack, or however far, if nothing in between was left to fault on.
+//! What was sent ahead never faults, so a stream's next fault lies *beyond* it: at a multiple of the stride within
+//! some slack, or farther, if push has left nothing in between to fault on.
 
 use super::unsent::Unsent;
 
@@ -18,8 +18,10 @@ const REACH: u64 = 4096;
 const FIRST_WINDOW: u64 = 8;
 /// Largest window, pages: 2 ms at 1 Gbit/s, for which other faults may have to wait.
 const MAX_WINDOW: u64 = 64;
-/// Steps beyond its window at which a fault still continues a stream.
-const SLACK: u64 = 16;
+/// Steps beyond what was sent ahead at which a fault still continues a stream.
+const SLACK: i64 = 16;
+/// Steps beyond its window in which push may have sent all of a stream's way, as far as it is looked at.
+const MOST_PUSHED: i64 = 128;
 
 /// Where a fault's walk is believed to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +37,8 @@ pub(super) struct Heading {
 #[derive(Debug, Clone, Copy)]
 struct Stream {
     last: u64,
+    /// The last unit that was sent ahead.
+    end: u64,
     /// 0: one fault, nothing known.
     stride: i64,
     /// 0: the stride is a guess from two faults.
@@ -49,16 +53,20 @@ pub(super) struct Streams {
 
 impl Streams {
     /// Takes note of a fault on a unit, which is claimed already. Gives the heading of its stream if it has one.
-    pub(super) fn fault(&mut self, at: u64, unsent: &Unsent) -> Option<Heading> {
+    /// `wanted`: it was unsent until then. When it was not, push had just sent it and all around it, so that nothing
+    /// unsent between two faults says nothing.
+    pub(super) fn fault(&mut self, at: u64, wanted: bool, unsent: &Unsent) -> Option<Heading> {
         if self.streams.iter().any(|stream| stream.last == at) {
             return None;
         }
-        if let Some(i) = self.streams.iter().position(|stream| stream.goes_on_at(at, unsent)) {
+        if let Some(i) =
+            self.streams.iter().position(|stream| stream.goes_on_at(at, wanted, unsent))
+        {
             let stream = self.streams.remove(i);
             let window = (stream.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW);
             let stride =
                 if stream.stride == 0 { stream.distance(at).signum() } else { stream.stride };
-            self.put(Stream { last: at, stride, window });
+            self.put(Stream { last: at, end: at, stride, window });
             return Some(Heading { stride, window, before: stream.last });
         }
         let near = (0..self.streams.len())
@@ -68,8 +76,15 @@ impl Streams {
             let stream = self.streams.remove(i);
             stream.guess(at)
         });
-        self.put(Stream { last: at, stride, window: 0 });
+        self.put(Stream { last: at, end: at, stride, window: 0 });
         None
+    }
+
+    /// Takes note of what was sent ahead with a fault, up to `end`.
+    pub(super) fn sent_ahead(&mut self, fault: u64, end: u64) {
+        if let Some(stream) = self.streams.first_mut().filter(|stream| stream.last == fault) {
+            stream.end = end;
+        }
     }
 
     fn put(&mut self, stream: Stream) {
@@ -83,16 +98,31 @@ impl Stream {
         at as i64 - self.last as i64
     }
 
-    fn goes_on_at(&self, at: u64, unsent: &Unsent) -> bool {
+    fn goes_on_at(&self, at: u64, wanted: bool, unsent: &Unsent) -> bool {
         let distance = self.distance(at);
         let between = self.last.min(at) + 1..self.last.max(at);
         let nothing_between = || unsent.next(between.clone()).is_none();
         if self.stride == 0 {
-            return distance.unsigned_abs() <= MAX_WINDOW && nothing_between();
+            let near = wanted && distance.unsigned_abs() <= MAX_WINDOW;
+            return distance.unsigned_abs() == 1 || near && nothing_between();
         }
-        distance.signum() == self.stride.signum()
-            && distance % self.stride == 0
-            && ((distance / self.stride) as u64 <= self.window + SLACK || nothing_between())
+        if distance.signum() != self.stride.signum() || distance % self.stride != 0 {
+            return false;
+        }
+        let beyond = (at as i64 - self.end as i64) / self.stride;
+        beyond <= SLACK || nothing_between() || (beyond <= MOST_PUSHED && self.all_sent(at, unsent))
+    }
+
+    /// Whether there was nothing left to fault on in the stream's way from what was sent ahead to `at`.
+    fn all_sent(&self, at: u64, unsent: &Unsent) -> bool {
+        let mut way = self.end as i64 + self.stride;
+        while way != at as i64 {
+            if unsent.contains(way as u64) {
+                return false;
+            }
+            way += self.stride;
+        }
+        true
     }
 
     /// Whether a fault that does not continue the stream says something about its stride: one that
@@ -153,7 +183,7 @@ mod tests {
         fn touch(&mut self, at: u64) -> Option<(i64, u64)> {
             assert!(self.unsent.contains(at));
             self.unsent.claim(at..at + 1);
-            let heading = self.streams.fault(at, &self.unsent);
+            let heading = self.streams.fault(at, true, &self.unsent);
             heading.map(|heading| (heading.stride, heading.window))
         }
     }
@@ -165,6 +195,7 @@ mod tests {
         assert_eq!(guest.touch(101), Some((1, 8)));
         assert_eq!(guest.touch(102), Some((1, 16)));
         assert_eq!(guest.touch(105), Some((1, 32)));
+        guest.streams.sent_ahead(105, 137);
         assert_eq!(guest.touch(160), None, "too far");
         assert_eq!(guest.touch(106), Some((1, 64)), "and the stream is still known");
         assert_eq!(guest.touch(107), Some((1, 64)));
@@ -180,8 +211,10 @@ mod tests {
             assert_eq!(guest.touch(page(0)), None);
             assert_eq!(guest.touch(page(1)), None);
             assert_eq!(guest.touch(page(2)), Some((stride, 8)));
-            assert_eq!(guest.touch(page(11)), Some((stride, 16)), "eight were sent ahead");
-            assert_eq!(guest.touch(page(11 + 17 + 16)), None, "beyond the window and the slack");
+            guest.streams.sent_ahead(page(2), page(10));
+            assert_eq!(guest.touch(page(10 + 16)), Some((stride, 16)), "within the slack");
+            guest.streams.sent_ahead(page(26), page(42));
+            assert_eq!(guest.touch(page(42 + 17)), None, "beyond it");
         }
     }
 
@@ -214,5 +247,13 @@ mod tests {
         guest.touch(101);
         guest.unsent.claim(102..5000);
         assert_eq!(guest.touch(5000), Some((1, 16)));
+        let mut guest = Guest::new();
+        for at in [100, 107, 114] {
+            guest.touch(at);
+        }
+        for step in 1..100 {
+            guest.unsent.claim(114 + 7 * step..115 + 7 * step);
+        }
+        assert_eq!(guest.touch(114 + 700), Some((7, 16)));
     }
 }

@@ -201,9 +201,10 @@ fn a_walk_is_served_ahead_and_bends_the_window() {
         }
         assert!(faults < 2000 / 25, "{faults} faults at a stride of {stride}");
         let ahead = (0..4).filter(|_| {
-            let start = plan.push(16)[0].start().0;
-            let farthest = if stride > 0 { sent.last() } else { sent.first() };
-            farthest.is_some_and(|sent| (start > *sent) == (stride > 0))
+            let runs = plan.push(16);
+            let farthest = if stride > 0 { sent.last() } else { sent.first() }.copied();
+            sent.extend(frames(&runs));
+            farthest.is_some_and(|sent| (runs[0].start().0 > sent) == (stride > 0))
         });
         assert_eq!(ahead.count(), 3, "pushes in the direction of stride {stride}");
     }

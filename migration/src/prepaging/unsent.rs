@@ -209,6 +209,31 @@ impl Unsent {
         lowest
     }
 
+    /// Claims the first `units` units that are left at `from + stride`, `from + 2 * stride` and so on, in the region
+    /// of `from`, within so many `steps`; takes what it found and went off both. Gives where it came to.
+    pub(super) fn claim_along(
+        &mut self,
+        from: u64,
+        stride: i64,
+        steps: &mut u64,
+        units: &mut u64,
+        runs: &mut Vec<PageRange>,
+    ) -> u64 {
+        let region = self.region(from);
+        let mut at = from;
+        while *steps > 0 && *units > 0 {
+            let next = at.checked_add_signed(stride).filter(|next| region.contains(next));
+            let Some(next) = next else { break };
+            at = next;
+            *steps -= 1;
+            if self.contains(at) {
+                runs.push(self.claim(at..at + 1));
+                *units -= 1;
+            }
+        }
+        at
+    }
+
     fn insert(&mut self, units: Range<u64>) {
         let mut at = units.start;
         while at < units.end {
