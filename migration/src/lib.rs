@@ -9,6 +9,7 @@
 //! - [`vm`]: the traits that a VM implements.
 //! - [`stream`]: the records that carry a VM, in a file or over a connection.
 //! - [`snapshot`]: a VM in a file.
+//! - [`threads`]: who is told when a thread of the engine starts.
 //! - [`volatile_io`]: guest memory to and from sockets, without a copy.
 
 pub mod address;
@@ -28,6 +29,7 @@ pub mod simulated;
 pub mod snapshot;
 pub mod source;
 pub mod stream;
+pub mod threads;
 pub mod transport;
 mod verify;
 pub mod vm;

@@ -19,6 +19,7 @@ pub mod migrate;
 pub mod process;
 pub mod run;
 pub mod runtime_dir;
+pub mod sandbox;
 pub mod snapshot;
 pub mod state_dir;
 pub mod throttle;

@@ -24,6 +24,7 @@ use crate::kvm::{HostKvm, KvmError};
 use crate::machine::{BootMedia, Machine, MachineBuilder, MachineError};
 use crate::migrate::{Ended, FrontDoor, LogbookError, Received, Stage};
 use crate::runtime_dir::{ClaimedName, Pidfile, RuntimeDir, RuntimeDirError};
+use crate::sandbox::{self, SandboxError};
 use crate::snapshot::{self, SaveError};
 use crate::vcpu::GuestRequest;
 use crate::virtio::DiskOwnership;
@@ -53,6 +54,9 @@ pub enum RunEnd {
 /// Why a VM could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// The filters of system calls.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -148,6 +152,7 @@ impl From<RunError> for CliError {
 /// Boots a VM and stays until it has ended.
 pub fn run(settings: RunSettings) -> Result<RunEnd, RunError> {
     let RunSettings { vm: config, process } = settings;
+    restrict(&process)?;
     let host = HostKvm::open()?;
     let media = open_media(&config)?;
     let name = RuntimeDir::open()?.claim(&config.name)?;
@@ -156,6 +161,7 @@ pub fn run(settings: RunSettings) -> Result<RunEnd, RunError> {
 
 /// Makes a VM from a saved file and stays until it has ended.
 pub fn restore(settings: RestoreSettings) -> Result<RunEnd, RunError> {
+    restrict(&settings.process)?;
     let host = HostKvm::open()?;
     let saved = snapshot::open(&settings.file, &host)?;
     let (mut config, media, cpuid, loader) = saved.split();
@@ -169,6 +175,12 @@ pub fn restore(settings: RestoreSettings) -> Result<RunEnd, RunError> {
     };
     let name = RuntimeDir::open()?.claim(&config.name)?;
     run_machine(&host, name, &settings.process, config, media, Some((cpuid, loader)))
+}
+
+/// Leaves this process the system calls that it needs. There is no other thread yet.
+fn restrict(process: &ProcessSettings) -> Result<(), SandboxError> {
+    migration::threads::on_start(sandbox::enter_engine);
+    sandbox::install(process.sandbox)
 }
 
 fn open_media(config: &VmConfig) -> Result<BootMedia, BootError> {
@@ -284,6 +296,7 @@ pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
     let _pidfile = settings.process.pidfile.as_deref().map(Pidfile::create).transpose()?;
     let host = HostKvm::open()?;
     let door = FrontDoor::open(&settings.listen)?;
+    restrict(&settings.process)?;
     let stage = Arc::new(Stage::default());
     let signalled = Arc::clone(&stage);
     on_termination(move |_| signalled.end()).map_err(RunError::Signals)?;

@@ -4,6 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::sandbox::{self, ThreadKind};
 use crate::vcpu::Vcpu;
 
 /// A vCPU runs and rests once in it. Short, so that the guest's timers and connections live.
@@ -55,9 +56,10 @@ impl Throttle {
         }
         let shared = Arc::new(Shared { run: Mutex::new(run.to_vec()), ..Shared::default() });
         let (theirs, vcpus) = (Arc::clone(&shared), vcpus.to_vec());
-        let thread = thread::Builder::new()
-            .name("throttle".to_owned())
-            .spawn(move || make_rest(&theirs, &vcpus));
+        let thread = thread::Builder::new().name("throttle".to_owned()).spawn(move || {
+            sandbox::enter(ThreadKind::Throttle);
+            make_rest(&theirs, &vcpus);
+        });
         match thread {
             Ok(thread) => *active = Some(Active { shared, thread }),
             // The migration then does not converge, and says so.

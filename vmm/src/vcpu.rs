@@ -20,6 +20,7 @@ use crate::control::{UnmappedStats, VcpuStats};
 use crate::gate::Gate;
 use crate::kvm::{VcpuCounter, VcpuKvm};
 use crate::layout;
+use crate::sandbox::{self, ThreadKind};
 
 /// Something that a vCPU thread tells the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -157,7 +158,10 @@ impl Vcpu {
     pub fn start(self: &Arc<Self>, context: Arc<VcpuContext>) -> std::io::Result<()> {
         let vcpu = Arc::clone(self);
         let name = format!("vcpu{}", self.kvm().id());
-        let handle = std::thread::Builder::new().name(name).spawn(move || vcpu.run(&context))?;
+        let handle = std::thread::Builder::new().name(name).spawn(move || {
+            sandbox::enter(ThreadKind::Vcpu);
+            vcpu.run(&context);
+        })?;
         *self.thread() = Some(handle);
         Ok(())
     }

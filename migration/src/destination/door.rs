@@ -14,6 +14,7 @@ use crate::journal::{Journal, Side};
 use crate::link::{MainLink, Timing};
 use crate::stream::session::{Hello, Join, Joined, Query, Refuse, VerdictWire, ROLE_PAGES};
 use crate::stream::{Problem, RecordReader, RecordWriter, StreamError, StreamKind};
+use crate::threads;
 use crate::transport::{Listener, Stream, Transport};
 
 /// How often the door looks whether it is to close, and whose time is over.
@@ -107,16 +108,15 @@ impl Door {
             known: Arc::clone(&known),
         });
         let met = (Arc::clone(&transport), Arc::clone(&known));
-        let spawned =
-            thread::Builder::new().name("mig-main-in".to_owned()).spawn_scoped(scope, move || {
-                let (transport, known) = met;
-                if let Err(error) = self.meet(&transport, &known) {
-                    tracing::info!(peer = transport.peer(), %error, "a connection was closed");
-                    transport.shutdown();
-                }
-                known.store(true, Ordering::Release);
-                self.stranger_count.fetch_sub(1, Ordering::Relaxed);
-            });
+        let spawned = threads::spawn(scope, "mig-stranger", move || {
+            let (transport, known) = met;
+            if let Err(error) = self.meet(&transport, &known) {
+                tracing::info!(peer = transport.peer(), %error, "a connection was closed");
+                transport.shutdown();
+            }
+            known.store(true, Ordering::Release);
+            self.stranger_count.fetch_sub(1, Ordering::Relaxed);
+        });
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for a connection");
             // Its peer need not wait until its time is over.

@@ -3,7 +3,8 @@
 //! ```text
 //!   receive (the caller's thread): phases, loading, owning
 //!      |-- mig-door       accepts connections: main, pages, verdict queries   |
-//!      |-- mig-main-in    reads the main connection, checks its order         |--> one inbox
+//!      |-- mig-stranger   one per connection: what it is for; reads the main  |
+//!      |                  connection and checks its order, answers queries    |--> one inbox
 //!      |-- mig-alive      keepalive                                           |
 //!      `-- mig-recv-N     one per page connection                             |
 //! ```
@@ -32,6 +33,7 @@ use crate::journal::Journal;
 use crate::link::Timing;
 use crate::snapshot::Blob;
 use crate::stream::{RecordReader, RecordWriter};
+use crate::threads;
 use crate::transport::{Listener, Stream, Transport};
 use crate::vm::{DestinationHost, Offer, Section};
 
@@ -256,9 +258,7 @@ pub fn receive(
     }
     let door = Door::new(journal.clone(), options.timing, Some(sender.clone()));
     let mut report = thread::scope(|scope| {
-        let started = thread::Builder::new()
-            .name("mig-door".to_owned())
-            .spawn_scoped(scope, || door.serve(scope, listener));
+        let started = threads::spawn(scope, "mig-door", || door.serve(scope, listener));
         let report = started.map(|_| {
             let around = session::Surroundings { scope, host, journal, options, control, progress };
             session::wait_for_offer(around, &door, sender, inbox)
@@ -288,13 +288,11 @@ pub fn answer_queries(
 ) -> io::Result<()> {
     let door = Door::new(journal.clone(), timing, None);
     thread::scope(|scope| {
-        let started = thread::Builder::new()
-            .name("mig-door".to_owned())
-            .spawn_scoped(scope, || door.serve(scope, listener));
+        let started = threads::spawn(scope, "mig-door", || door.serve(scope, listener));
         while started.is_ok() && !stop(&door.told()) {
             thread::park_timeout(door::ACCEPT_INTERVAL);
         }
         door.close();
-        started.map(drop)
+        started
     })
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::{mpsc, Arc};
-use std::thread::{self, Scope};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use crate::clock::process_cpu_time;
@@ -20,6 +20,7 @@ use crate::link::MainLink;
 use crate::report::as_micros;
 use crate::stream::session::{Loaded, Resumed};
 use crate::stream::{RecordReader, RecordWriter, StreamError};
+use crate::threads;
 use crate::transport::{Stream, Transport};
 use crate::verify::{first_difference, hash_memory};
 use crate::vm::{DestinationHost, DestinationVm, Offer, Section, VmError};
@@ -462,10 +463,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         name: &str,
         job: impl FnOnce() + Send + 'scope,
     ) -> Result<(), Failure> {
-        thread::Builder::new()
-            .name(name.to_owned())
-            .spawn_scoped(self.around.scope, job)
-            .map(drop)
+        threads::spawn(self.around.scope, name, job)
             .map_err(|error| Failure::new(Cause::Failed, format!("no thread {name}: {error}")))
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{mpsc, Arc};
-use std::thread::{self, Scope};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use crate::clock::process_cpu_time;
@@ -21,6 +21,7 @@ use crate::source::throttle::Throttle;
 use crate::source::{Input, Offering, SourceControl, SourceOptions};
 use crate::stream::session::{Commit, Done};
 use crate::stream::{Problem, StreamError};
+use crate::threads;
 use crate::transport::{Connector, Transport};
 use crate::vm::{Mode, PauseReason, SourceVm, VmError};
 
@@ -423,10 +424,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         name: &str,
         job: impl FnOnce() + Send + 'scope,
     ) -> Result<(), Failure> {
-        thread::Builder::new()
-            .name(name.to_owned())
-            .spawn_scoped(self.around.scope, job)
-            .map(drop)
+        threads::spawn(self.around.scope, name, job)
             .map_err(|error| Failure::new(Cause::Failed, format!("no thread {name}: {error}")))
     }
 

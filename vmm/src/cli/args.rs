@@ -8,7 +8,7 @@ use super::migrate_args::{MigrateArgs, MigrateSetArgs, MigrationArgs, ReceiveArg
 use crate::config::{
     parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_size, BalloonConfig,
     ConfigError, ConsoleConfig, DiskConfig, LogConfig, MigrationOptions, NetOptions, OnReboot,
-    ProcessSettings, Replacement, RestoreSettings, RunOptions,
+    ProcessSettings, Replacement, RestoreSettings, RunOptions, SandboxMode,
 };
 use crate::runtime_dir::INCOMING;
 
@@ -116,13 +116,20 @@ pub(super) struct ProcessArgs {
     /// FILTER is off, error, warn, info, debug or trace, or a list such as warn,vmm::api=debug.
     #[arg(long, value_name = "FILTER")]
     log: Option<LogConfig>,
+    /// Which system calls the threads may make: on (those they need; another one ends the process),
+    /// log (the kernel logs others) or off [default: on]
+    #[arg(long, value_name = "MODE")]
+    sandbox: Option<SandboxMode>,
 }
 
 impl ProcessArgs {
     /// Console and process of a command that has no other files.
     pub(super) fn settings(self) -> Result<(Option<ConsoleConfig>, ProcessSettings), ConfigError> {
-        let Self { console, paused, pidfile, log } = self;
-        ProcessSettings::with_console(console, paused.unwrap_or(false), pidfile, log)
+        let Self { console, paused, pidfile, log, sandbox } = self;
+        let (console, mut process) =
+            ProcessSettings::with_console(console, paused.unwrap_or(false), pidfile, log)?;
+        process.sandbox = sandbox.unwrap_or_default();
+        Ok((console, process))
     }
 }
 
@@ -226,6 +233,7 @@ impl RunArgs {
             paused: self.process.paused,
             pidfile: self.process.pidfile,
             log: self.process.log,
+            sandbox: self.process.sandbox,
             disks: self.disks,
             nets: self.nets,
             rng: self.rng,
@@ -263,9 +271,11 @@ pub(super) struct RestoreArgs {
 
 impl RestoreArgs {
     pub(super) fn settings(self) -> Result<RestoreSettings, ConfigError> {
-        let ProcessArgs { console, paused, pidfile, log } = self.process;
+        let ProcessArgs { console, paused, pidfile, log, sandbox } = self.process;
         let paused = paused.unwrap_or(false);
-        let settings = RestoreSettings::new(self.file, self.name, console, paused, pidfile, log)?;
+        let mut settings =
+            RestoreSettings::new(self.file, self.name, console, paused, pidfile, log)?;
+        settings.process.sandbox = sandbox.unwrap_or_default();
         Ok(RestoreSettings { disks: self.disks, nets: self.nets, ..settings })
     }
 }
@@ -424,7 +434,7 @@ mod tests {
             "--name web --kernel k --initrd i --cmdline quiet --memory 1G --hugepages --cpus 2 \
              --cpu host,-rdrand --console file:c --on-reboot exit --paused --pidfile p --log info:l \
              --disk id=a,path=/a --disk id=b,path=/b,readonly --net id=n,tap=t --rng \
-             --balloon=deflate-on-oom --virtio-console",
+             --balloon=deflate-on-oom --virtio-console --sandbox log",
         );
         let expected = RunOptions {
             name: Some("web".into()),
@@ -440,6 +450,7 @@ mod tests {
             paused: Some(true),
             pidfile: Some("p".into()),
             log: Some(LogConfig { filter: "info".into(), file: Some("l".into()) }),
+            sandbox: Some(SandboxMode::Log),
             disks: vec!["id=a,path=/a".parse().unwrap(), "id=b,path=/b,readonly".parse().unwrap()],
             nets: vec!["id=n,tap=t".parse().unwrap()],
             rng: Some(true),

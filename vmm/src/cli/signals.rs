@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::console::size;
+use crate::sandbox::{self, ThreadKind};
 use tokio::signal::unix::{signal, SignalKind};
 
 /// Calls `then` with the number of each SIGINT, SIGTERM and SIGHUP that arrives, on a thread of
@@ -59,5 +60,9 @@ pub fn on_resize(mut then: impl FnMut(u16, u16) + Send + 'static) -> io::Result<
 }
 
 fn on_thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let body = move || {
+        sandbox::enter(ThreadKind::Signals);
+        body();
+    };
     std::thread::Builder::new().name(name.to_owned()).spawn(body).map(drop)
 }

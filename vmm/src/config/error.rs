@@ -72,6 +72,10 @@ pub enum ConfigError {
     #[error("{0:?} is not something to do on a reboot: use restart or exit")]
     OnReboot(String),
 
+    /// Not a way to treat system calls.
+    #[error("{0:?} is not a mode of the sandbox: use on, log or off")]
+    Sandbox(String),
+
     /// The log filter cannot be parsed.
     #[error("{filter:?} is not a log filter ({why}): use off, error, warn, info, debug, trace, or MODULE=LEVEL,... and then :FILE")]
     Log {

@@ -12,6 +12,7 @@
 //! paused = false
 //! pidfile = "web.pid"
 //! log = "info:web.log"
+//! sandbox = "on"                # or log, off
 //!
 //! rng = true
 //! virtio-console = false
@@ -50,7 +51,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 
 use super::{
     value, BalloonConfig, CacheMode, ConfigError, ConsoleConfig, DiskConfig, LogConfig, Mac,
-    MigrationOptions, NetOptions, OnReboot, RunOptions,
+    MigrationOptions, NetOptions, OnReboot, RunOptions, SandboxMode,
 };
 
 /// No configuration is larger than this, bytes.
@@ -81,6 +82,8 @@ struct FileOptions {
     pidfile: Option<PathBuf>,
     #[serde(deserialize_with = "log")]
     log: Option<LogConfig>,
+    #[serde(deserialize_with = "sandbox")]
+    sandbox: Option<SandboxMode>,
     disk: Vec<FileDisk>,
     net: Vec<FileNet>,
     rng: Option<bool>,
@@ -192,6 +195,7 @@ impl RunOptions {
             paused: file.paused,
             pidfile: file.pidfile,
             log: file.log,
+            sandbox: file.sandbox,
             disks: (file.disk.into_iter())
                 .map(|FileDisk { id, path, readonly, cache }| DiskConfig {
                     id,
@@ -264,6 +268,10 @@ fn on_reboot<'de, D: Deserializer<'de>>(d: D) -> Result<Option<OnReboot>, D::Err
 }
 
 fn log<'de, D: Deserializer<'de>>(d: D) -> Result<Option<LogConfig>, D::Error> {
+    text(d, str::parse)
+}
+
+fn sandbox<'de, D: Deserializer<'de>>(d: D) -> Result<Option<SandboxMode>, D::Error> {
     text(d, str::parse)
 }
 
@@ -351,6 +359,7 @@ mod tests {
             paused = true
             pidfile = "web.pid"
             log = "debug:vmm.log"
+            sandbox = "off"
             rng = true
             virtio-console = true
             [memory]
@@ -393,6 +402,7 @@ mod tests {
             paused: Some(true),
             pidfile: Some("web.pid".into()),
             log: Some(LogConfig { filter: "debug".into(), file: Some("vmm.log".into()) }),
+            sandbox: Some(SandboxMode::Off),
             disks: vec![
                 "id=root,path=root.img,readonly,cache=unsafe".parse().unwrap(),
                 "id=data,path=/data.img".parse().unwrap(),

@@ -27,7 +27,7 @@ pub use settings::{ProcessSettings, ReceiveSettings, RestoreSettings, RunSetting
 pub use size::{format_size, parse_size};
 pub use validate::HostLimits;
 pub use value::{
-    parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_path, LogConfig,
+    parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_path, LogConfig, SandboxMode,
 };
 
 /// Longest name of a VM, characters.

@@ -6,7 +6,7 @@ use super::settings::{absolute, absolute_console};
 use super::{
     BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, HostLimits, LogConfig, Mac,
     MemoryConfig, MigrationConfig, NetConfig, NetOptions, OnReboot, ProcessSettings, RunSettings,
-    VmConfig, DEFAULT_MEMORY,
+    SandboxMode, VmConfig, DEFAULT_MEMORY,
 };
 
 /// What flags or a file say about a VM; `None` where they say nothing.
@@ -50,6 +50,8 @@ pub struct RunOptions {
     pub pidfile: Option<PathBuf>,
     /// See [`ProcessSettings::log`].
     pub log: Option<LogConfig>,
+    /// See [`ProcessSettings::sandbox`].
+    pub sandbox: Option<SandboxMode>,
 }
 
 /// What is said about migrations; only a file does.
@@ -108,6 +110,7 @@ impl RunOptions {
             paused: self.paused.or(base.paused),
             pidfile: self.pidfile.or(base.pidfile),
             log: self.log.or(base.log),
+            sandbox: self.sandbox.or(base.sandbox),
         }
     }
 
@@ -161,9 +164,12 @@ impl RunOptions {
             kernel,
         };
         vm.validate(host)?;
-        let process =
-            ProcessSettings { paused: self.paused.unwrap_or(false), ..Default::default() }
-                .with_files(self.pidfile, self.log)?;
+        let process = ProcessSettings {
+            paused: self.paused.unwrap_or(false),
+            sandbox: self.sandbox.unwrap_or_default(),
+            ..Default::default()
+        }
+        .with_files(self.pidfile, self.log)?;
         process.check_files(&vm.console)?;
         Ok(RunSettings { vm, process })
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ConfigError, ConsoleConfig, LogConfig, Replacement, VmConfig};
+use super::{ConfigError, ConsoleConfig, LogConfig, Replacement, SandboxMode, VmConfig};
 
 /// What belongs to one process that runs a VM, and does not travel with the VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub struct ProcessSettings {
     pub pidfile: Option<PathBuf>,
     /// What is logged, and where to.
     pub log: LogConfig,
+    /// Which system calls its threads may make.
+    pub sandbox: SandboxMode,
 }
 
 /// All that `run` needs.

@@ -124,6 +124,31 @@ impl FromStr for OnReboot {
     }
 }
 
+/// What becomes of a thread that makes a system call which it has no need of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SandboxMode {
+    /// The process is killed.
+    #[default]
+    On,
+    /// The kernel logs the call and lets it pass.
+    Log,
+    /// There are no filters.
+    Off,
+}
+
+impl FromStr for SandboxMode {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "on" => Ok(Self::On),
+            "log" => Ok(Self::Log),
+            "off" => Ok(Self::Off),
+            _ => Err(ConfigError::Sandbox(text.to_owned())),
+        }
+    }
+}
+
 /// What is logged, and where to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogConfig {
@@ -259,5 +284,7 @@ mod tests {
         assert_eq!("exit".parse(), Ok(OnReboot::Exit));
         assert_eq!("restart".parse(), Ok(OnReboot::Restart));
         assert_eq!("halt".parse::<OnReboot>(), Err(ConfigError::OnReboot("halt".into())));
+        assert_eq!("log".parse(), Ok(SandboxMode::Log));
+        assert_eq!("no".parse::<SandboxMode>(), Err(ConfigError::Sandbox("no".into())));
     }
 }

@@ -32,6 +32,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::ConsoleConfig;
 use crate::runtime_dir::RuntimeDirError;
+use crate::sandbox::{self, ThreadKind};
 
 pub use attach::{attach, AttachEnd};
 pub use escape::Escape;
@@ -111,6 +112,7 @@ impl Console {
         let thread = std::thread::Builder::new().name("console".to_owned()).spawn({
             let shared = Arc::clone(&shared);
             move || {
+                sandbox::enter(ThreadKind::Console);
                 worker::run(&shared, port);
                 // Tells close() by being dropped, also when the thread panics.
                 drop(ending);

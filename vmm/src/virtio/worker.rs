@@ -11,6 +11,8 @@ use devices::virtio::{QueueNotifier, VirtioControl};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
+use crate::sandbox::{self, ThreadKind};
+
 /// How long a thread may take to end. One that hangs in its backend is left behind.
 const END: Duration = Duration::from_secs(2);
 
@@ -67,6 +69,7 @@ impl Worker {
         let (ending, ended) = mpsc::channel::<()>();
         let name: String = name.chars().take(MAX_NAME).collect();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            sandbox::enter(ThreadKind::of_device(control.name()));
             run(events, &*control, &kicks, backend);
             // Tells `stop` by being dropped.
             drop(ending);
