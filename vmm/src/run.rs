@@ -23,6 +23,7 @@ use crate::events::EventLog;
 use crate::kvm::{HostKvm, KvmError};
 use crate::machine::{BootMedia, Machine, MachineBuilder, MachineError};
 use crate::migrate::{Ended, FrontDoor, LogbookError, Received, Stage};
+use crate::privileges::PrivilegeError;
 use crate::runtime_dir::{ClaimedName, Pidfile, RuntimeDir, RuntimeDirError};
 use crate::sandbox::{self, SandboxError};
 use crate::snapshot::{self, SaveError};
@@ -54,6 +55,9 @@ pub enum RunEnd {
 /// Why a VM could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// Becoming another user.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
     /// The filters of system calls.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -130,7 +134,14 @@ impl From<RunError> for CliError {
             RunError::RuntimeDir(error) => return error.into(),
             RunError::Unresolved(_) => Exit::Unresolved,
             // What was asked for cannot be: another command line may do.
-            RunError::ConsoleFile(_)
+            RunError::Privileges(
+                PrivilegeError::NoSuchUser(_)
+                | PrivilegeError::NoSuchGroup(_)
+                | PrivilegeError::NoGroup(_)
+                | PrivilegeError::Root(_)
+                | PrivilegeError::NotRoot { .. },
+            )
+            | RunError::ConsoleFile(_)
             | RunError::Listen { .. }
             | RunError::Boot(_)
             | RunError::Config(_)
@@ -295,7 +306,7 @@ fn run_machine(
 pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
     let _pidfile = settings.process.pidfile.as_deref().map(Pidfile::create).transpose()?;
     let host = HostKvm::open()?;
-    let door = FrontDoor::open(&settings.listen)?;
+    let door = FrontDoor::open(&settings.listen, settings.user.as_deref())?;
     restrict(&settings.process)?;
     let stage = Arc::new(Stage::default());
     let signalled = Arc::clone(&stage);

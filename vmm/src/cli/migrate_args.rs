@@ -40,6 +40,12 @@ pub(super) struct ReceiveArgs {
     /// End, with exit code 1, when the first migration fails, rather than wait for another
     #[arg(long)]
     once: bool,
+    /// Give root's powers up for those of this user, once it listens and has /dev/kvm open
+    ///
+    /// Disks and taps must then be usable for that user, and the directories for sockets and the
+    /// journal are that user's own, unless the environment names others.
+    #[arg(long, value_name = "NAME|UID[:GROUP]")]
+    user: Option<String>,
     #[command(flatten)]
     process: ProcessArgs,
 }
@@ -47,8 +53,8 @@ pub(super) struct ReceiveArgs {
 impl ReceiveArgs {
     pub(super) fn settings(self) -> Result<ReceiveSettings, ConfigError> {
         let (console, process) = self.process.settings()?;
-        let Self { listen, name, disks, nets, once, .. } = self;
-        Ok(ReceiveSettings { listen, name, disks, nets, console, once, process })
+        let Self { listen, name, disks, nets, once, user, .. } = self;
+        Ok(ReceiveSettings { listen, name, disks, nets, console, once, user, process })
     }
 }
 

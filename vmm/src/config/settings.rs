@@ -58,6 +58,8 @@ pub struct ReceiveSettings {
     pub console: Option<ConsoleConfig>,
     /// Whether the first migration that fails ends the process.
     pub once: bool,
+    /// Whose the process is to be, once it listens; see [`crate::privileges::become_user`].
+    pub user: Option<String>,
     /// The process.
     pub process: ProcessSettings,
 }

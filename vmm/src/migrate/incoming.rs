@@ -20,6 +20,7 @@ use crate::config::{ConsoleConfig, HostLimits, ReceiveSettings, VmConfig};
 use crate::identity::{decode_config, IdentityError, IdentityV1};
 use crate::kvm::HostKvm;
 use crate::machine::{memory_layout, Machine};
+use crate::privileges;
 use crate::run::{Assembled, RunError};
 use crate::runtime_dir::RuntimeDir;
 use crate::snapshot::media_of;
@@ -103,16 +104,17 @@ pub struct FrontDoor {
 }
 
 impl FrontDoor {
-    /// Listens at `ADDRESS:PORT`.
+    /// Listens at `ADDRESS:PORT`, then becomes `user`, if one is given.
     ///
     /// # Errors
     /// It cannot, or there is no journal.
-    pub fn open(listen: &str) -> Result<Self, RunError> {
-        let journal = super::journal()?;
-        let records = Records::open()?;
+    pub fn open(listen: &str, user: Option<&str>) -> Result<Self, RunError> {
         let failed = |error| RunError::Listen { address: listen.to_owned(), error };
         let acceptor = TcpAcceptor::bind(listen).map_err(failed)?;
         let address = acceptor.local_address().map_err(failed)?.to_string();
+        user.map_or(Ok(()), privileges::become_user)?;
+        let journal = super::journal()?;
+        let records = Records::open()?;
         Ok(Self { acceptor, address, journal, records })
     }
 
