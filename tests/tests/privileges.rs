@@ -1,4 +1,4 @@
-//! What a VM's process may do: its threads' system calls, and its user.
+//! What a VM's process may do: its threads' system calls, its user, and what it tells of secrets.
 #![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File, Permissions};
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
+use serde_json::Value;
 use tests::{add, binary, kvm, namespaces, root, Host, Migrating, Suite, Vm, PATIENCE};
 
 const GUEST: &str = "ws=8 dirty=1000 pattern=random report=250 pace=0";
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         every_thread_is_restricted,
         every_thread_of_a_migration_is_restricted,
         filters_can_be_left_out,
+        no_log_and_no_answer_tells_the_token,
     );
     add!(suite, &[&kvm(), &root(), &namespaces()];
         an_ordinary_user_of_group_kvm_moves_a_vm,
@@ -249,5 +251,72 @@ fn a_receiver_that_cannot_become_the_user_says_why() {
     // Where that user has no /dev/kvm, this is said first.
     if !finished.stderr.contains("/dev/kvm") {
         finished.refused(2, &["only root", "user 61234"]);
+    }
+}
+
+/// The tokens in a host's journal; its files are for their owner only.
+fn tokens(host: &Host) -> Vec<String> {
+    let journal = host.root().join("state/journal");
+    assert_eq!(fs::metadata(&journal).unwrap().mode() & 0o777, 0o700);
+    let mut tokens = Vec::new();
+    for entry in fs::read_dir(&journal).unwrap() {
+        let path = entry.unwrap().path();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600, "{path:?}");
+        let entry: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        tokens.extend(entry["token"].as_str().filter(|t| !t.is_empty()).map(str::to_owned));
+    }
+    tokens
+}
+
+fn no_log_and_no_answer_tells_the_token() {
+    let (a, b) = (Host::new(), Host::new());
+    let logs = [a.file("log"), b.file("log")];
+    let log = |file: &str| format!("trace:{file}");
+    let mut source = a.run(GUEST, &["--log", &log(&logs[0])]).ready();
+    let before = source.report();
+    let (mut destination, to) = b.receive(&["--log", &log(&logs[1])]);
+    let slow = slowly(&a, &to);
+    let mut told = Vec::new();
+    for (host, name) in [(&a, "vm"), (&b, "vm@incoming")] {
+        for command in ["info", "stats", "events", "migration"] {
+            told.push(host.ok(&[command, name, "--json"]));
+        }
+    }
+    a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
+    let finished = slow.end();
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    told.extend([finished.stdout, finished.stderr]);
+    let ended = source.ends_well();
+    told.push(ended.stderr);
+    destination.goes_on_after_pauses(1, &before);
+    for host in [&a, &b] {
+        told.extend([host.ok(&["migration", "--json"]), host.ok(&["migration"])]);
+    }
+    told.extend([b.ok(&["events", "vm", "--json"]), b.ok(&["migration", "vm", "--json"])]);
+    told.push(destination.log());
+    for log in &logs {
+        let text = fs::read_to_string(log).unwrap();
+        assert!(text.contains("TRACE") || text.contains("DEBUG"), "{log} says too little: {text}");
+        told.push(text);
+    }
+    for host in [&a, &b] {
+        let reports = fs::read_dir(host.root().join("state/migrations")).unwrap();
+        told.extend(reports.map(|report| fs::read_to_string(report.unwrap().path()).unwrap()));
+    }
+    let tokens: Vec<String> = [tokens(&a), tokens(&b)].concat();
+    assert!(tokens.len() >= 2, "both ends keep it: {tokens:?}");
+    for token in &tokens {
+        let bytes: Vec<u8> = (0..token.len() / 2)
+            .map(|at| u8::from_str_radix(&token[2 * at..2 * at + 2], 16).unwrap())
+            .collect();
+        assert_eq!(bytes.len(), 16, "{token}");
+        let listed = format!("{bytes:?}");
+        let forms =
+            [token.clone(), token.to_uppercase(), listed.trim_matches(['[', ']']).to_owned()];
+        for text in &told {
+            for form in &forms {
+                assert!(!text.contains(form.as_str()), "the token is told: {text}");
+            }
+        }
     }
 }
