@@ -42,7 +42,7 @@ pub use guest::Guest;
 pub use host::{binary, Host};
 pub use migrating::Migrating;
 pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, HugePages};
-pub use process::{finish, wait, Collected, Finished};
+pub use process::{finish, tied, wait, Collected, Finished};
 pub use snapshot::{Records, Snapshot};
 pub use suite::{Need, Suite};
 pub use vm::Vm;

@@ -132,9 +132,16 @@ pub fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 
 /// `command` as one that is killed when the thread that starts it ends, however that comes about:
 /// also when this process is killed. The standard streams are to be set on what this gives back.
+#[must_use]
 pub fn tied(command: &Command) -> Command {
     let mut tied = Command::new("setpriv");
     tied.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => tied.env(name, value),
+            None => tied.env_remove(name),
+        };
+    }
     tied
 }
 
@@ -197,11 +204,12 @@ mod tests {
     #[test]
     fn a_tied_process_does_not_outlive_the_thread_that_started_it() {
         let mut command = Command::new("sh");
-        command.args(["-c", "echo ready; exec sleep 600"]);
+        command.args(["-c", "echo $READY; exec sleep 600"]).env("READY", "ready");
         let start = move || {
             let mut child = tied(&command).stdout(Stdio::piped()).spawn().unwrap();
             let mut line = [0; 6];
             child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+            assert_eq!(&line, b"ready\n");
             child
         };
         let mut child = std::thread::spawn(start).join().unwrap();

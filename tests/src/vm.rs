@@ -8,10 +8,10 @@ use std::time::Instant;
 use serde_json::Value;
 
 use crate::beacon::{goes_on, number, Console};
-use crate::process::{wait, Collected, Finished, LISTENING};
+use crate::process::{tied, wait, Collected, Finished, LISTENING};
 use crate::PATIENCE;
 
-/// A running `minivmm run` or `minivmm restore`. Killed when dropped.
+/// A running `minivmm run` or `minivmm restore`. Killed when dropped, and when the thread that started it ends.
 #[derive(Debug)]
 pub struct Vm {
     child: Child,
@@ -31,9 +31,9 @@ impl Vm {
 
     /// Starts `command`, whose console continues after `head`, the beginning of a line.
     #[track_caller]
-    pub fn start_within(mut command: Command, head: &str) -> Self {
+    pub fn start_within(command: Command, head: &str) -> Self {
         let text = format!("{command:?}");
-        let mut child = command
+        let mut child = tied(&command)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
