@@ -38,6 +38,11 @@ const ALARMS: [&str; 15] = [
 const ERRORS: [&str; 5] = ["errors", "fpu_errors", "timer_stalls", "tsc_back", "clock_back"];
 const DEVICE_ERRORS: [&str; 5] = ["_errors", "_stuck", "_broken", "_irqs_lost", "attack_silent"];
 
+/// Counters of a report of a guest that lives: vCPUs, timer, memory, and the checks of registers
+/// and memory.
+pub(crate) const PROGRESS: [&str; 6] =
+    ["tsc", "beats_min", "ticks", "writes", "verified", "fpu_checks"];
+
 enum Piece {
     Line(String),
     /// The output has ended; what came after the last newline.
@@ -245,13 +250,11 @@ pub fn number(event: &Value, name: &str) -> u64 {
 }
 
 /// Whether `after` is a report of the guest that gave `before`, some time later, in which all that
-/// it does has gone on: vCPUs, timer, memory, and the checks of registers and memory.
+/// it does has gone on ([`PROGRESS`]).
 #[must_use]
 #[track_caller]
 pub fn goes_on(before: &Value, after: &Value) -> bool {
-    ["tsc", "beats_min", "ticks", "writes", "verified", "fpu_checks"]
-        .iter()
-        .all(|name| number(after, name) > number(before, name))
+    PROGRESS.iter().all(|name| number(after, name) > number(before, name))
 }
 
 impl Drop for Console {

@@ -7,6 +7,7 @@
 //!   Host      a runtime directory of its own and a place for files; runs commands to their end
 //!   Vm        a `minivmm run` or `restore` that goes on, with beacon's events as they come
 //!   Migrating a `minivmm migrate` that is under way; proxy, the network that it goes through
+//!   Traffic   a guest with every device at work, and the host's side of its network
 //!   Snapshot  a saved VM, opened with the library; Records, the same file as bytes to be damaged
 //! ```
 //!
@@ -32,6 +33,7 @@ mod process;
 pub mod proxy;
 mod snapshot;
 mod suite;
+mod traffic;
 mod vm;
 mod witness;
 
@@ -45,6 +47,7 @@ pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, HugePages
 pub use process::{finish, tied, wait, Collected, Finished};
 pub use snapshot::{Records, Snapshot};
 pub use suite::{Need, Suite};
+pub use traffic::Traffic;
 pub use vm::Vm;
 
 /// How long anything may take. Generous, since the machine may be slow and shared; nothing takes

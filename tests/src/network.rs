@@ -1,9 +1,12 @@
 //! Network namespaces of tests: taps that nobody else sees, gone with the thread that made them.
 #![allow(unsafe_code)]
 
+use std::net::TcpStream;
 use std::process::Command;
 
 use rustix::thread::{unshare_unsafe, UnshareFlags};
+
+use crate::PATIENCE;
 
 /// Address of the host's side of a [`tap`].
 pub const HOST_ADDRESS: &str = "10.0.0.1";
@@ -55,6 +58,24 @@ pub fn bridge(taps: &[&str]) -> Result<(), String> {
     }
     ip(&["address", "add", &format!("{HOST_ADDRESS}/24"), "dev", "br0"])?;
     ip(&["link", "set", "br0", "up"])
+}
+
+/// A port of the guest's.
+#[must_use]
+pub fn guest(port: u16) -> (&'static str, u16) {
+    (GUEST_ADDRESS.split_once('/').map_or(GUEST_ADDRESS, |(address, _)| address), port)
+}
+
+/// Connects to a port of the guest's, with limits for all that follows.
+///
+/// # Panics
+/// It does not answer.
+#[track_caller]
+pub fn connect(port: u16) -> TcpStream {
+    let stream = TcpStream::connect(guest(port)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
 }
 
 /// The command `ip` in the namespace of this thread.

@@ -5,13 +5,13 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream, UdpSocket};
+use std::net::{Shutdown, UdpSocket};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tests::network::{in_private_network, tap, GUEST_ADDRESS};
+use tests::network::{connect, guest, in_private_network, tap, GUEST_ADDRESS};
 use tests::{add, kvm, namespaces, network_namespaces, number, root, Host, Suite, Vm, PATIENCE};
 
 #[path = "devices/moves.rs"]
@@ -156,19 +156,6 @@ fn memory_goes_into_the_balloon_and_back() {
         vm.verify();
         vm.report();
     }
-}
-
-fn guest(port: u16) -> (&'static str, u16) {
-    (GUEST_ADDRESS.split_once('/').unwrap().0, port)
-}
-
-/// Connects to beacon, with limits for all that follows.
-#[track_caller]
-fn connect(port: u16) -> TcpStream {
-    let stream = TcpStream::connect(guest(port)).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
-    stream
 }
 
 /// A socket for beacon's UDP echo.

@@ -10,14 +10,11 @@ use tests::{add, kvm, number, Host, Migrating, Suite, Vm, PATIENCE};
 
 /// A guest that works hard enough to notice what goes wrong, and says so often.
 const BUSY: &str = "ws=8 dirty=4000 pattern=random report=250 pace=0";
-/// How often a VM is carried from host to host and back.
-const MOVES: u64 = 20;
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     add!(suite, &[&kvm()];
         a_guest_moves_and_its_name_with_it,
-        survives_20_moves_with_disk_traffic_and_2_vcpus,
         every_pattern_arrives_verified,
         limits_of_rounds_are_configured_and_travel,
         a_paused_guest_arrives_paused,
@@ -106,43 +103,6 @@ fn a_guest_moves_and_its_name_with_it() {
     assert!(verdicts.contains(&"\"incoming\" \"running-here\"".to_owned()), "{verdicts:?}");
     host.ok(&["stop", "vm"]);
     destination.ends_well();
-}
-
-fn survives_20_moves_with_disk_traffic_and_2_vcpus() {
-    let hosts = [Host::new(), Host::new()];
-    let disk = hosts[0].path("disk");
-    File::create(&disk).unwrap().set_len(16 << 20).unwrap();
-    let disk = format!("id=d,path={}", disk.display());
-    // It reports when asked: reports of all devices are long, and a serial port is slow.
-    let guest = "ws=8 dirty=4000 pattern=random report=0 pace=0 virtio=irq disk=verify disk-ws=4 \
-                 disk-rate=2000 rng=on";
-    let mut vm = hosts[0].run(guest, &["--cpus", "2", "--disk", &disk, "--rng"]).ready();
-    vm.console.event("disk-ready");
-    for moves in 1..=MOVES {
-        let (from, to) = (&hosts[(moves as usize + 1) % 2], &hosts[moves as usize % 2]);
-        let before = vm.report();
-        let (next, address) = to.receive(&[]);
-        let connections = ["1", "4"][moves as usize % 2];
-        let report = migrate(from, &address, &["--connections", connections]);
-        assert_eq!(report["connection_bytes"].as_array().unwrap().len().to_string(), connections);
-        vm.ends_well();
-        vm = next;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let after = vm.goes_on_after_pauses(moves, &before);
-            for counter in ["disk_errors", "disk_stuck", "disk_irqs_lost", "rng_errors"] {
-                assert_eq!(after[counter], 0, "move {moves}: {after}");
-            }
-            if number(&after, "disk_verified") > number(&before, "disk_verified") {
-                break;
-            }
-            assert!(Instant::now() < deadline, "{before}, then {after}");
-        }
-    }
-    vm.verify();
-    vm.send("poweroff");
-    vm.console.event("poweroff");
-    vm.end();
 }
 
 fn every_pattern_arrives_verified() {
