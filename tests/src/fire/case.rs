@@ -58,6 +58,29 @@ pub enum Phase {
     Done,
 }
 
+/// How memory is migrated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// While the guest runs.
+    Precopy,
+    /// While it stands.
+    Cold,
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Precopy, Self::Cold];
+
+    /// As `minivmm migrate --mode` has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Precopy => "precopy",
+            Self::Cold => "cold",
+        }
+    }
+}
+
 /// Who runs the guest in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Runs {
@@ -80,8 +103,8 @@ pub struct Case {
     pub phase: Phase,
     /// Page connections.
     pub connections: u16,
-    /// Cold: memory is copied while the guest stands.
-    pub cold: bool,
+    /// How memory is migrated.
+    pub mode: Mode,
 }
 
 const FAULTS: [Fault; 12] = [
@@ -119,8 +142,8 @@ impl Case {
         for fault in FAULTS {
             for phase in PHASES {
                 for connections in [1, 4] {
-                    for cold in [false, true] {
-                        let case = Self { fault, phase, connections, cold };
+                    for mode in Mode::ALL {
+                        let case = Self { fault, phase, connections, mode };
                         if case.can_be() {
                             all.push(case);
                         }
@@ -133,7 +156,7 @@ impl Case {
 
     fn can_be(&self) -> bool {
         // A cold migration has no round while the guest runs.
-        let copies = !(self.cold && self.phase == Phase::Copying);
+        let copies = !(self.mode == Mode::Cold && self.phase == Phase::Copying);
         copies
             && match self.fault {
                 Fault::CutPages => self.phase > Phase::Offering,
@@ -211,9 +234,8 @@ impl Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { fault, phase, connections, cold } = self;
-        let mode = if *cold { "cold" } else { "precopy" };
-        write!(f, "{fault:?}_at_{phase:?}_{connections}_{mode}")
+        let Self { fault, phase, connections, mode } = self;
+        write!(f, "{fault:?}_at_{phase:?}_{connections}_{}", mode.name())
     }
 }
 

@@ -45,7 +45,7 @@ impl SmallDisk {
         fs::create_dir_all(path).unwrap();
         let text = path.to_str().unwrap();
         // A link takes an inode there (shmem_link() in the kernel's mm/shmem.c).
-        run("mount", &["-t", "tmpfs", "-o", "size=512k,nr_inodes=64,mode=700", "tmpfs", text]);
+        run("mount", &["-t", "tmpfs", "-o", "size=4m,nr_inodes=1024,mode=700", "tmpfs", text]);
         Self(path.to_owned())
     }
 

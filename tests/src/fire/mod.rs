@@ -17,8 +17,8 @@ mod pairs;
 mod run;
 mod scene;
 
-pub use case::{Case, Fault, Phase, Runs};
-pub use hurt::Thief;
+pub use case::{Case, Fault, Mode, Phase, Runs};
+pub use hurt::{in_private_mounts, Thief};
 pub use pairs::pairwise;
 pub use run::{run, run_with};
-pub use scene::{moves, runs, until, Place, Scene, BUSY};
+pub use scene::{moves, moves_with, runs, until, Place, Scene, BUSY};

@@ -9,9 +9,13 @@ use super::Case;
 type Pair = (u8, String);
 
 fn pairs(case: &Case) -> Vec<Pair> {
-    let Case { fault, phase, connections, cold } = case;
-    let fields =
-        [format!("{fault:?}"), format!("{phase:?}"), connections.to_string(), cold.to_string()];
+    let Case { fault, phase, connections, mode } = case;
+    let fields = [
+        format!("{fault:?}"),
+        format!("{phase:?}"),
+        connections.to_string(),
+        mode.name().to_owned(),
+    ];
     let mut pairs = Vec::new();
     for one in 0..fields.len() {
         for other in one + 1..fields.len() {

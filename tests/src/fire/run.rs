@@ -7,7 +7,7 @@ use crate::proxy::{Cut, Edit, Held, On};
 use crate::Vm;
 
 use super::hurt::{feed, in_private_mounts, starve, SmallDisk, Thief};
-use super::scene::{moves, runs, until, Place, BUSY};
+use super::scene::{moves, runs, until, Place};
 use super::{Case, Fault, Phase, Runs, Scene};
 
 /// A byte of a record header's length, and one that every state has.
@@ -18,46 +18,31 @@ const STATE_BYTE: u64 = 40;
 /// panicking. Gives what came of it.
 #[track_caller]
 pub fn run(case: Case) -> Runs {
-    let alone = || {
-        let scene = match case.fault {
-            Fault::DiskTaken => Scene::start_with_disk(),
-            Fault::DiskFull => {
-                let (here, there) = (Place::plain(), Place::plain());
-                let small = SmallDisk::mount(&there.host.root().join("state"));
-                let vm = here.host.run(BUSY, &[]).ready();
-                return finish(case, Scene::with(vm, here, there, None), Some(small));
-            }
-            _ => Scene::start(),
-        };
-        finish(case, scene, None)
-    };
+    let alone = |scene| finish(case, scene);
     match case.fault {
-        Fault::DiskFull => in_private_mounts(alone),
-        _ => alone(),
+        Fault::DiskFull => in_private_mounts(|| alone(Scene::start_to(Place::with_small_disk()))),
+        Fault::DiskTaken => alone(Scene::start_with_disk()),
+        _ => alone(Scene::start()),
     }
 }
 
 /// As [`run`], from a scene to the next move.
 #[track_caller]
-fn finish(case: Case, scene: Scene, small: Option<SmallDisk>) -> Runs {
+fn finish(case: Case, scene: Scene) -> Runs {
     let places = [Arc::clone(&scene.here), Arc::clone(&scene.there)];
-    let mut trial = Trial { case, scene, small, thief: None };
+    let mut trial = Trial { case, scene, thief: None };
     let came = trial.run();
     let (vm, here, there) = match trial.check(came) {
         Some(left) => left,
         None => {
             let [here, there] = &places;
-            let vm = here.host.run(BUSY, &[]).ready();
-            (vm, Arc::clone(here), Arc::clone(there))
+            (Scene::vm(here), Arc::clone(here), Arc::clone(there))
         }
     };
-    let Trial { small, scene, .. } = trial;
-    drop(scene);
+    drop(trial);
     let moved = moves(vm, &here, &there, &arguments(&case));
     // All that its guest ever said is with the witness then.
     moved.kill_9();
-    // Its host can only be removed without it.
-    drop(small);
     came
 }
 
@@ -65,30 +50,25 @@ fn finish(case: Case, scene: Scene, small: Option<SmallDisk>) -> Runs {
 /// other place.
 ///
 /// # Panics
-/// The case is one in which the VM may die.
+/// The case is one in which the VM may die; the scene has not what it needs.
 #[track_caller]
 pub fn run_with(case: Case, scene: Scene) -> (Runs, Vm, Arc<Place>, Arc<Place>) {
     assert!(case.spares_the_vm(), "{case}");
-    let mut trial = Trial { case, scene, small: None, thief: None };
+    let mut trial = Trial { case, scene, thief: None };
     let came = trial.run();
     let (vm, here, there) = trial.check(came).expect("somebody has the VM");
     (came, vm, here, there)
 }
 
 /// What the migration of a case is started with.
-fn arguments(case: &Case) -> Vec<&'static str> {
-    let mut args = vec!["--connections", if case.connections == 1 { "1" } else { "4" }];
-    if case.cold {
-        args.extend(["--mode", "cold"]);
-    }
-    args
+fn arguments(case: &Case) -> [&'static str; 4] {
+    let connections = if case.connections == 1 { "1" } else { "4" };
+    ["--connections", connections, "--mode", case.mode.name()]
 }
 
 struct Trial {
     case: Case,
     scene: Scene,
-    /// The destination's state, where it can be filled up.
-    small: Option<SmallDisk>,
     thief: Option<Thief>,
 }
 
@@ -96,7 +76,7 @@ impl Trial {
     #[track_caller]
     fn run(&mut self) -> Runs {
         let (case, spot) = (self.case, self.case.spot());
-        let mut args = arguments(&case);
+        let mut args = arguments(&case).to_vec();
         // Nothing but silence is to be waited for: whoever waits for it all the same is too late here.
         args.extend(["--dead-after", if case.fault == Fault::Stall { "1s" } else { "60s" }]);
         let proxy = &self.scene.proxy;
@@ -144,7 +124,7 @@ impl Trial {
             Fault::CutControl => scene.proxy.cut(On::Main, Cut::Reset),
             Fault::CutPages => scene.proxy.cut(On::Page(case.connections - 1), Cut::Reset),
             Fault::Stall => scene.proxy.stall(On::Any),
-            Fault::DiskFull => self.small.as_ref().unwrap().fill(),
+            Fault::DiskFull => scene.there.small.as_ref().unwrap().fill(),
             Fault::NoMemory => starve(scene.destination().pid()),
             Fault::DiskTaken => self.thief = Some(Thief::take(scene.disk.as_ref().unwrap())),
             Fault::FlipHeader | Fault::FlipState => {}
@@ -238,7 +218,7 @@ impl Trial {
                 let owner = if self.case.phase < Phase::CommitArrived { "here" } else { "there" };
                 scene.here.host.ok(&["resolve", &scene.id(), "--owner", owner]);
             }
-            Fault::DiskFull => self.small.as_ref().unwrap().free(),
+            Fault::DiskFull => scene.there.small.as_ref().unwrap().free(),
             Fault::DiskTaken => self.thief = None,
             _ => {}
         }
@@ -255,7 +235,7 @@ impl Trial {
         let (mine, theirs) = (mine.as_deref(), theirs.as_deref());
         let journals = format!("here {mine:?}, there {theirs:?}");
         let before = self.scene.before.clone();
-        self.small.iter().for_each(SmallDisk::free);
+        there.small.iter().for_each(SmallDisk::free);
         match came {
             Runs::Source => {
                 assert_eq!(mine, Some("running-here"), "{journals}");

@@ -12,6 +12,8 @@ use crate::migrating::Migrating;
 use crate::proxy::Proxy;
 use crate::{number, Host, Vm, PATIENCE};
 
+use super::hurt::SmallDisk;
+
 /// A guest that works hard enough to notice what goes wrong, and shows that it lives.
 pub const BUSY: &str = "ws=8 dirty=4000 pattern=random report=0 pace=0 beat=20";
 
@@ -34,6 +36,8 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
 /// A host, and how VMs come to it.
 #[derive(Debug, Default)]
 pub struct Place {
+    /// Its state directory, where that can be filled up. Before the host, whose directory it is in.
+    pub(super) small: Option<SmallDisk>,
     /// The host.
     pub host: Host,
     /// What its `minivmm receive` is given besides.
@@ -45,6 +49,21 @@ impl Place {
     #[must_use]
     pub fn plain() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// Whose state directory can be filled up. To be made in private mounts.
+    #[must_use]
+    #[track_caller]
+    pub fn with_small_disk() -> Self {
+        let host = Host::new();
+        let small = Some(SmallDisk::mount(&host.root().join("state")));
+        Self { small, host, receive: Vec::new() }
+    }
+
+    /// Where `minivmm receive` is given this besides.
+    #[must_use]
+    pub fn receiving(self, receive: &[String]) -> Self {
+        Self { receive: receive.to_vec(), ..self }
     }
 
     /// Waits for a VM, once; gives the address too.
@@ -108,9 +127,20 @@ impl Scene {
     /// A small VM at one place, and a destination at another.
     #[track_caller]
     pub fn start() -> Self {
+        Self::start_to(Place::default())
+    }
+
+    /// As [`Scene::start`], with this destination.
+    #[track_caller]
+    pub fn start_to(there: Place) -> Self {
         let here = Place::plain();
-        let vm = here.host.run(BUSY, &[]).ready();
-        Self::with(vm, here, Place::plain(), None)
+        Self::with(Self::vm(&here), here, Arc::new(there), None)
+    }
+
+    /// A small VM.
+    #[track_caller]
+    pub fn vm(place: &Place) -> Vm {
+        place.host.run(BUSY, &[]).ready()
     }
 
     /// As [`Scene::start`], with a disk.
@@ -184,7 +214,13 @@ pub fn runs(vm: &mut Vm, before: &Value) {
 
 /// The VM moves, compared page by page. Gives its new process.
 #[track_caller]
-pub fn moves(mut vm: Vm, from: &Place, to: &Place, args: &[&str]) -> Vm {
+pub fn moves(vm: Vm, from: &Place, to: &Place, args: &[&str]) -> Vm {
+    moves_with(vm, from, to, args).0
+}
+
+/// As [`moves`]; gives the report of `minivmm migrate` too.
+#[track_caller]
+pub fn moves_with(mut vm: Vm, from: &Place, to: &Place, args: &[&str]) -> (Vm, Value) {
     let before = vm.report();
     let (mut next, address) = to.receive();
     let args = [&["migrate", "vm", "--to", &address, "--verify"], args].concat();
@@ -192,5 +228,5 @@ pub fn moves(mut vm: Vm, from: &Place, to: &Place, args: &[&str]) -> Vm {
     assert_eq!(report["verdict"], "handed-over", "{report}");
     vm.ends_well();
     runs(&mut next, &before);
-    next
+    (next, report)
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::Value;
-use tests::fire::{moves, runs, until, Case, Fault, Phase, Place, Scene};
+use tests::fire::{moves, runs, until, Case, Fault, Mode, Phase, Place, Scene};
 use tests::proxy::Held;
 use tests::{add, Migrating, Need, Suite, Vm};
 
@@ -48,7 +48,7 @@ impl Standing {
     #[track_caller]
     fn of(scene: Scene, phase: Phase) -> Self {
         // Where it stands is the same for all faults but a few.
-        let case = Case { fault: Fault::CutControl, phase, connections: 2, cold: false };
+        let case = Case { fault: Fault::CutControl, phase, connections: 2, mode: Mode::Precopy };
         let held = scene.proxy.hold(case.spot());
         let migrating = scene.migrate(&["--connections", "2", "--dead-after", "60s"]);
         held.wait();
