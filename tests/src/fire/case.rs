@@ -223,8 +223,10 @@ impl Case {
             Fault::CutPages if phase >= Phase::Loaded => &[Destination],
             // What it does not need any more it cannot lack.
             Fault::NoMemory if phase >= Phase::Copying => &[Source, Destination],
-            // It may have been decided before.
-            Fault::DiskFull if phase == Phase::CommitArrived => &[Source, Destination],
+            // It may have been decided before; and COMMIT may lie unread while its connection is lost.
+            Fault::DiskFull | Fault::CutControl | Fault::Stall if phase == Phase::CommitArrived => {
+                &[Source, Destination]
+            }
             Fault::DiskTaken => &[Destination],
             _ if phase < Phase::CommitArrived => &[Source],
             _ => &[Destination],

@@ -274,6 +274,10 @@ impl Trial {
                 // With a host that is lost, what its journal had is an operator's guess.
                 let guess = case.fault == Fault::LoseDestination;
                 assert!(killed || guess || theirs == Some("running-here"), "{journals}");
+                // What `minivmm migrate` says comes before the end of the process.
+                if let Some(mut source) = self.scene.source.take() {
+                    source.ends_well();
+                }
                 None
             }
         }
