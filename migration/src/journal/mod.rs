@@ -16,8 +16,8 @@
 //! it anyway. What the pause has to wait for is written before the pause ([`SourceEntry::stage`],
 //! [`DestinationEntry::stage`]), so that one rename or link is left.
 //!
-//! What is over is removed 30 days later, when a journal is opened; what is undecided or unresolved
-//! stays for ever.
+//! What is over is removed 30 days later, when a journal is opened, and so is what is undecided for good because
+//! its process is no more; what is unresolved stays for ever.
 
 mod prune;
 #[cfg(test)]

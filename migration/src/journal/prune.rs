@@ -5,7 +5,10 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use super::{failed, EntryState, Journal, JournalError};
+use rustix::io::Errno;
+use rustix::process::{test_kill_process, Pid};
+
+use super::{failed, Entry, EntryState, Journal, JournalError};
 
 /// How long the entries of a migration that is over are kept. A peer that has been unreachable for
 /// longer gets no answer: it stays frozen until its operator decides.
@@ -22,8 +25,9 @@ struct Parts {
 }
 
 impl Journal {
-    /// Removes the entries of migrations of which all that this host knows is final and older than
-    /// `before`. What is undecided or unresolved stays, and so do files that are no entries.
+    /// Removes the entries of migrations of which all that this host knows is older than `before`, and final or
+    /// abandoned: under way by the word of a process that is no more, and took its copy of the VM along.
+    /// What is unresolved stays, and so do files that are no entries.
     ///
     /// # Errors
     /// [`JournalError::File`]; some may have been removed.
@@ -78,20 +82,34 @@ impl Journal {
                 Err(error) => return Err(failed("examine", path, error)),
             }
         }
-        let says = |path: &PathBuf, wanted: [EntryState; 2]| {
-            let entry = self.read(path).ok().flatten();
-            entry.is_some_and(|entry| wanted.contains(&entry.state))
-        };
-        let given_or_kept = [EntryState::HandedOver, EntryState::RunningHere];
-        let source = parts.source.as_ref().is_none_or(|path| says(path, given_or_kept));
-        let decided = [EntryState::NotHere, EntryState::RunningHere];
+        let read = |path: &PathBuf| self.read(path).ok().flatten();
+        let source = parts.source.as_ref().is_none_or(|path| {
+            read(path).is_some_and(|entry| match entry.state {
+                EntryState::HandedOver | EntryState::RunningHere => true,
+                EntryState::Migrating => is_abandoned(&entry),
+                _ => false,
+            })
+        });
         let destination = match (&parts.destination, &parts.decision) {
             (None, None) => true,
-            (_, Some(decision)) => says(decision, decided),
-            (Some(_), None) => false,
+            (_, Some(decision)) => read(decision).is_some_and(|entry| {
+                matches!(entry.state, EntryState::NotHere | EntryState::RunningHere)
+            }),
+            (Some(path), None) => read(path)
+                .is_some_and(|entry| entry.state == EntryState::Incoming && is_abandoned(&entry)),
         };
         Ok(source && destination)
     }
+}
+
+/// Whether the process that wrote an entry is no more. One that has its number now counts as that one, so
+/// that the entry stays too long rather than go too early.
+///
+/// Such a source never sent COMMIT, since `handed over` comes before it, and such a destination never ran the guest, since
+/// its decision comes before that. What is left to answer is *undecided*, which resolves nothing, as *unknown* does.
+fn is_abandoned(entry: &Entry) -> bool {
+    let pid = i32::try_from(entry.pid).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| test_kill_process(pid) == Err(Errno::SRCH))
 }
 
 #[cfg(test)]
@@ -186,6 +204,50 @@ mod tests {
         assert_eq!(verdict(unresolved, Side::Destination), Verdict::Unresolved);
         assert_eq!(verdict(half, Side::Source), Verdict::HandedOver);
         assert_eq!(verdict(other_half, Side::Destination), Verdict::RunningHere);
+    }
+
+    /// A number that no process has.
+    fn nobody() -> u32 {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        child.id()
+    }
+
+    #[test]
+    fn what_its_process_left_undecided_goes_when_it_is_old() {
+        let bench = Bench::new();
+        let new = || MigrationId::random().unwrap();
+        let dead = nobody();
+        // As a process that is killed leaves it.
+        let killed = |path: PathBuf| {
+            let entry = bench.journal.read(&path).unwrap().unwrap();
+            bench.journal.replace(&path, &Entry { pid: dead, ..entry }).unwrap();
+        };
+        let (migrating, incoming, unresolved, frozen) = (new(), new(), new(), new());
+        let _source = bench.source(migrating);
+        let _destination = bench.destination(incoming);
+        bench.destination(unresolved).unresolved().unwrap();
+        bench.source(frozen).set(EntryState::Unresolved).unwrap();
+        // The destination of the same host may have it all.
+        let half = new();
+        let _half = bench.source(half);
+        bench.destination(half).unresolved().unwrap();
+        for id in [migrating, frozen, half] {
+            killed(bench.journal.path(id, "source"));
+        }
+        for id in [incoming, unresolved, half] {
+            killed(bench.journal.path(id, "destination"));
+        }
+
+        bench.prune_after(29 * DAY);
+        assert_eq!(bench.files(), 6);
+        bench.prune_after(31 * DAY);
+        let left: Vec<_> =
+            bench.journal.list().unwrap().into_iter().map(|e| (e.id, e.side)).collect();
+        assert_eq!(left.len(), 4, "{left:?}");
+        assert!(left
+            .iter()
+            .all(|(id, _)| ![migrating, incoming].map(|id| id.to_string()).contains(id)));
     }
 
     #[test]
