@@ -36,6 +36,7 @@ fn main() -> ExitCode {
     add!(suite, &[&root, &networks, &kvm];
         the_network_carries_everything,
         a_cable_is_pulled_out_and_plugged_in,
+        a_tap_that_the_source_has_is_refused_by_name,
     );
     moves::add(&mut suite, &[&root, &networks, &kvm]);
     trouble::add(&mut suite, &kvm, &[&root, &mounts, &kvm]);
@@ -243,6 +244,31 @@ fn a_cable_is_pulled_out_and_plugged_in() {
             host.ok(&["link", "vm", "net", "up"]);
         }
         assert!(number(&stats_of(&host, "net")["counters"], "rx_dropped") >= 3);
+    };
+    in_private_network(test).unwrap();
+}
+
+fn a_tap_that_the_source_has_is_refused_by_name() {
+    let test = || {
+        for name in ["tap0", "tap1"] {
+            tap(name).unwrap();
+        }
+        let host = Host::new();
+        let mut vm = run(&host, "virtio=irq", &["--net", "id=net,tap=tap0"]).ready();
+        let (mut destination, address) = host.receive(&[]);
+        let refused = host.cli(&["migrate", "vm", "--to", &address]);
+        assert_eq!(refused.code, Some(1), "{refused:#?}");
+        let finished = destination.end();
+        assert_eq!(finished.code, Some(1), "{finished:#?}");
+        for text in [&refused.stdout, &finished.stderr] {
+            assert!(text.contains("network net: tap tap0 is in use"), "{text}");
+            assert!(text.contains("receive --net net=TAP"), "{text}");
+        }
+        vm.verify();
+        let (mut destination, address) = host.receive(&["--net", "net=tap1"]);
+        host.ok(&["migrate", "vm", "--to", &address]);
+        vm.ends_well();
+        destination.verify();
     };
     in_private_network(test).unwrap();
 }

@@ -16,15 +16,15 @@ use serde_json::json;
 use super::resources::ResourcesV1;
 use super::Records;
 use crate::api::{self, ApiHandle};
-use crate::config::{ConsoleConfig, HostLimits, ReceiveSettings, VmConfig};
+use crate::config::{ConsoleConfig, HostLimits, NetConfig, ReceiveSettings, VmConfig};
 use crate::identity::{decode_config, IdentityError, IdentityV1};
 use crate::kvm::HostKvm;
-use crate::machine::{memory_layout, Machine};
+use crate::machine::{memory_layout, Machine, MachineError};
 use crate::privileges;
 use crate::run::{Assembled, RunError};
 use crate::runtime_dir::RuntimeDir;
 use crate::snapshot::media_of;
-use crate::virtio::DiskOwnership;
+use crate::virtio::{DiskOwnership, TapError, VirtioError};
 use crate::vm_handle::Incoming;
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -245,6 +245,7 @@ impl IncomingHost<'_> {
 
     fn make(&self, offer: &Offer, blobs: Vec<Blob>) -> Result<Arc<Machine>, Vec<String>> {
         let (config, cpuid) = self.examine(offer)?;
+        let nets = config.nets.clone();
         let make = || -> Result<_, RunError> {
             let media = media_of(blobs)?;
             let name = RuntimeDir::open()?.claim_incoming(&config.name)?;
@@ -262,13 +263,26 @@ impl IncomingHost<'_> {
             let api = api::serve(listener, Arc::clone(&vm.handle) as _).map_err(RunError::Api)?;
             Ok((vm, api))
         };
-        let (vm, api) = make().map_err(|error| vec![error.to_string()])?;
+        let (vm, api) = make().map_err(|error| vec![refusal(&error, &nets)])?;
         let detail = json!({ "id": offer.id.to_string(), "from": offer.peer });
         vm.machine.events().push("incoming", detail);
         let machine = Arc::clone(&vm.machine);
         *lock(&self.made) = Some((vm, api));
         Ok(machine)
     }
+}
+
+/// Why the VM cannot be made here, for people at both ends.
+fn refusal(error: &RunError, nets: &[NetConfig]) -> String {
+    let RunError::Machine(MachineError::Virtio(VirtioError::Tap(tap_error))) = error else {
+        return error.to_string();
+    };
+    let TapError::Busy { tap } = tap_error else { return error.to_string() };
+    let id = nets.iter().find(|net| net.tap == *tap).map_or("ID", |net| &net.id);
+    format!(
+        "network {id}: tap {tap} is in use on the destination's host, by the VM itself if it comes from there: \
+         give it another tap (minivmm receive --net {id}=TAP)"
+    )
 }
 
 impl DestinationHost for IncomingHost<'_> {
