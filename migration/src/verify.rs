@@ -30,6 +30,11 @@ pub(crate) fn hash_ranges(layout: &MemoryLayout) -> impl Iterator<Item = PageRan
     layout.regions().flat_map(|region| region.chunks(HASH_PAGES))
 }
 
+/// How many there are. A layout that nobody has checked may claim so many that they cannot be counted one by one.
+pub(crate) fn hash_count(layout: &MemoryLayout) -> u64 {
+    layout.regions().map(|region| region.pages().div_ceil(HASH_PAGES)).sum()
+}
+
 /// Hashes all of memory, which nobody writes to. Only populated pages are looked at.
 pub(crate) fn hash_memory<M: GuestMemory + ?Sized>(memory: &M) -> Result<Vec<u64>, VmError> {
     let populated = memory.populated()?;
@@ -81,6 +86,19 @@ mod tests {
         let regions = [(0, 1000), (1 << 20, 3)];
         let ranges = regions.map(|(start, pages)| PageRange::new(Gfn(start), pages).unwrap());
         SimulatedVm::new(MemoryLayout::new(ranges).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn hashes_are_counted_without_looking_at_each() {
+        let layout = |regions: &[(u64, u64)]| {
+            let range = |(gfn, pages): &(u64, u64)| PageRange::new(Gfn(*gfn), *pages).unwrap();
+            MemoryLayout::new(regions.iter().map(range)).unwrap()
+        };
+        for regions in [&[(0, 1)][..], &[(0, 512), (512, 513)], &[(3, 1024), (4096, 511)]] {
+            let layout = layout(regions);
+            assert_eq!(hash_count(&layout), hash_ranges(&layout).count() as u64);
+        }
+        assert_eq!(hash_count(&layout(&[(0, 1 << 40)])), 1 << 31);
     }
 
     #[test]

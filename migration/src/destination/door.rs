@@ -1,8 +1,8 @@
 //! Accepts connections and finds out what each is for. Until then nobody is trusted with more than a
 //! thread and a few kilobytes, for a limited time.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{mpsc, Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{mpsc, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::transport::{Listener, Stream, Transport};
 
 /// How often the door looks whether it is to close, and whose time is over.
 pub(super) const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
-/// Connections whose purpose is not known yet.
+/// Connections that have a thread here: of unknown purpose, asking, or the main one.
 const MAX_STRANGERS: usize = 64;
 
 /// Who may join the migration that is under way.
@@ -30,11 +30,40 @@ pub(super) struct Guests {
     pub(super) joined: Vec<bool>,
 }
 
-/// A connection that must show its purpose in time.
+/// What a connection has shown itself to be.
+#[derive(Debug, Default)]
+pub(super) struct Standing(AtomicU8);
+
+impl Standing {
+    const UNKNOWN: u8 = 0;
+    const ASKS: u8 = 1;
+    const MAIN: u8 = 2;
+
+    /// It asks for a verdict: it gets its answer also when all else is over, if it does not take its time.
+    fn asks(&self) {
+        self.0.store(Self::ASKS, Ordering::Release);
+    }
+
+    /// It is a main connection with an offer: the session sees to its time limits.
+    pub(super) fn is_main(&self) {
+        self.0.store(Self::MAIN, Ordering::Release);
+    }
+
+    /// Whether its time is over.
+    fn must_end(&self, too_late: bool, closed: bool) -> bool {
+        match self.0.load(Ordering::Acquire) {
+            Self::UNKNOWN => too_late || closed,
+            Self::ASKS => too_late,
+            _ => closed,
+        }
+    }
+}
+
+/// A connection with a thread, which forgets it at its end.
 struct Stranger {
     deadline: Instant,
     transport: Arc<dyn Transport>,
-    known: Arc<AtomicBool>,
+    standing: Arc<Standing>,
 }
 
 pub(super) struct Door {
@@ -46,7 +75,8 @@ pub(super) struct Door {
     busy: AtomicBool,
     guests: Mutex<Option<Guests>>,
     strangers: Mutex<Vec<Stranger>>,
-    stranger_count: AtomicUsize,
+    /// A stranger is gone.
+    fewer: Condvar,
     /// Migrations whose source has asked for this end's verdict, and got one that decides.
     told: Mutex<Vec<MigrationId>>,
     closed: AtomicBool,
@@ -65,13 +95,14 @@ impl Door {
             inbox,
             guests: Mutex::new(None),
             strangers: Mutex::new(Vec::new()),
-            stranger_count: AtomicUsize::new(0),
+            fewer: Condvar::new(),
             told: Mutex::new(Vec::new()),
             closed: AtomicBool::new(false),
         }
     }
 
-    /// Accepts until the door is closed.
+    /// Accepts until the door is closed, and sees to it that everybody is gone soon then: whoever waits
+    /// for the threads here must not depend on what a peer does.
     pub(super) fn serve<'scope>(
         &'scope self,
         scope: &'scope Scope<'scope, '_>,
@@ -89,6 +120,15 @@ impl Door {
             }
             self.look_at_strangers();
         }
+        loop {
+            self.look_at_strangers();
+            let strangers = self.strangers();
+            if strangers.is_empty() {
+                return;
+            }
+            let waited = self.fewer.wait_timeout(strangers, ACCEPT_INTERVAL);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+        }
     }
 
     fn admit<'scope>(
@@ -96,38 +136,43 @@ impl Door {
         scope: &'scope Scope<'scope, '_>,
         transport: Arc<dyn Transport>,
     ) {
-        if self.stranger_count.load(Ordering::Relaxed) >= MAX_STRANGERS {
-            tracing::warn!(peer = transport.peer(), "too many connections: closed");
-            return transport.shutdown();
+        let standing = Arc::new(Standing::default());
+        {
+            let mut strangers = self.strangers();
+            if strangers.len() >= MAX_STRANGERS {
+                tracing::warn!(peer = transport.peer(), "too many connections: closed");
+                return transport.shutdown();
+            }
+            strangers.push(Stranger {
+                deadline: Instant::now() + self.timing.accept,
+                transport: Arc::clone(&transport),
+                standing: Arc::clone(&standing),
+            });
         }
-        self.stranger_count.fetch_add(1, Ordering::Relaxed);
-        let known = Arc::new(AtomicBool::new(false));
-        self.strangers().push(Stranger {
-            deadline: Instant::now() + self.timing.accept,
-            transport: Arc::clone(&transport),
-            known: Arc::clone(&known),
-        });
-        let met = (Arc::clone(&transport), Arc::clone(&known));
+        let met = (Arc::clone(&transport), Arc::clone(&standing));
         let spawned = threads::spawn(scope, "mig-stranger", move || {
-            let (transport, known) = met;
-            if let Err(error) = self.meet(&transport, &known) {
+            let (transport, standing) = met;
+            if let Err(error) = self.meet(&transport, &standing) {
                 tracing::info!(peer = transport.peer(), %error, "a connection was closed");
                 transport.shutdown();
             }
-            known.store(true, Ordering::Release);
-            self.stranger_count.fetch_sub(1, Ordering::Relaxed);
+            self.forget(&standing);
         });
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for a connection");
             // Its peer need not wait until its time is over.
-            known.store(true, Ordering::Release);
             transport.shutdown();
-            self.stranger_count.fetch_sub(1, Ordering::Relaxed);
+            self.forget(&standing);
         }
     }
 
+    fn forget(&self, standing: &Arc<Standing>) {
+        self.strangers().retain(|stranger| !Arc::ptr_eq(&stranger.standing, standing));
+        self.fewer.notify_all();
+    }
+
     /// Finds out what a connection is for, and sees to it.
-    fn meet(&self, transport: &Arc<dyn Transport>, known: &AtomicBool) -> Result<(), StreamError> {
+    fn meet(&self, transport: &Arc<dyn Transport>, standing: &Standing) -> Result<(), StreamError> {
         let limit = Some(self.timing.accept);
         if let Err(error) = transport.set_timeouts(limit, limit) {
             let problem = Problem::Read(error);
@@ -148,11 +193,10 @@ impl Door {
         match records.kind() {
             StreamKind::Pages => self.join(records, transport),
             StreamKind::Query => {
-                // It has a time limit of its own, and is answered also when all else is over.
-                known.store(true, Ordering::Release);
+                standing.asks();
                 self.answer(records, transport)
             }
-            _ => self.begin(records, transport, known),
+            _ => self.begin(records, transport, standing),
         }
     }
 
@@ -160,11 +204,11 @@ impl Door {
         &self,
         records: RecordReader<Stream>,
         transport: &Arc<dyn Transport>,
-        known: &AtomicBool,
+        standing: &Standing,
     ) -> Result<(), StreamError> {
         match &self.inbox {
             Some(inbox) if !self.busy.swap(true, Ordering::AcqRel) => {
-                let begun = read_main(records, transport, inbox, known);
+                let begun = read_main(records, transport, inbox, standing);
                 if begun.is_err() {
                     // It did not come as far as an offer.
                     self.busy.store(false, Ordering::Release);
@@ -271,16 +315,15 @@ impl Door {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Closes connections that have not shown their purpose in time.
+    /// Closes connections whose time is over; their threads then end.
     fn look_at_strangers(&self) {
         let now = Instant::now();
-        self.strangers().retain(|stranger| {
-            let known = stranger.known.load(Ordering::Acquire);
-            if !known && now >= stranger.deadline {
+        let closed = self.closed.load(Ordering::Acquire);
+        for stranger in self.strangers().iter() {
+            if stranger.standing.must_end(now >= stranger.deadline, closed) {
                 stranger.transport.shutdown();
             }
-            !known && now < stranger.deadline
-        });
+        }
     }
 
     /// From now on these may join.
@@ -288,14 +331,10 @@ impl Door {
         *self.guests() = guests;
     }
 
-    /// Closes everything whose purpose is not known, and accepts no more.
+    /// Accepts no more, and closes everything but questions that are being answered.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        for stranger in self.strangers().drain(..) {
-            if !stranger.known.load(Ordering::Acquire) {
-                stranger.transport.shutdown();
-            }
-        }
+        self.look_at_strangers();
     }
 
     fn guests(&self) -> MutexGuard<'_, Option<Guests>> {

@@ -15,7 +15,7 @@ use crate::stream::session::{
     shortened, Accept, Hello, Ready, Refuse, MAX_REASONS, MAX_REASON_BYTES,
 };
 use crate::stream::RecordType;
-use crate::verify::hash_ranges;
+use crate::verify::hash_count;
 
 impl Session<'_, '_, '_> {
     /// Says hello, and has the host look at the offer.
@@ -26,11 +26,9 @@ impl Session<'_, '_, '_> {
         let interval = self.offer.alive;
         self.spawn("mig-alive", move || link.keep_alive(interval))?;
         let mut reasons = self.around.host.check(&self.offer);
-        if self.offer.verify {
-            let hashes = hash_ranges(&self.offer.layout).count() as u64;
-            if hashes * 8 > RecordType::Hash.max_bytes() {
-                reasons.push("its memory is too large for verify mode".to_owned());
-            }
+        let hash_bytes = hash_count(&self.offer.layout) * 8;
+        if self.offer.verify && hash_bytes > RecordType::Hash.max_bytes() {
+            reasons.push("its memory is too large for verify mode".to_owned());
         }
         match reasons.is_empty() {
             true => Ok(DestinationEvent::Acceptable),

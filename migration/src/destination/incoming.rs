@@ -9,10 +9,10 @@
 //! come at any time.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
 
+use crate::destination::door::Standing;
 use crate::destination::{Input, Stage};
 use crate::handover::Cause;
 use crate::identity::MigrationId;
@@ -27,7 +27,7 @@ use crate::stream::{
     Record, RecordReader, RecordType, StreamError, MAX_BLOB_BYTES,
 };
 use crate::transport::{Stream, Transport};
-use crate::verify::hash_ranges;
+use crate::verify::hash_count;
 use crate::vm::{Mode, Offer, Section};
 
 /// The longest pause that is believed: a cold migration of terabytes.
@@ -41,15 +41,14 @@ pub(super) fn read_main(
     mut records: RecordReader<Stream>,
     transport: &Arc<dyn Transport>,
     inbox: &mpsc::Sender<Input>,
-    known: &AtomicBool,
+    standing: &Standing,
 ) -> Result<(), StreamError> {
     let mut offer = read_offer(&mut records)?;
     offer.peer = transport.peer();
     if let Err(error) = transport.set_timeouts(Some(offer.dead), Some(offer.dead)) {
         return Err(records.error(Problem::Read(error)));
     }
-    // From here on the session sees to it.
-    known.store(true, Ordering::Release);
+    standing.is_main();
     let stage = Arc::new(Stage::default());
     let mut order = Order::new(&offer, Arc::clone(&stage));
     let first = Input::Offer { offer: Box::new(offer), transport: Arc::clone(transport), stage };
@@ -322,8 +321,8 @@ impl Order {
     }
 
     fn hash(&mut self, record: &Record<'_>) -> Result<(), StreamError> {
-        let count = hash_ranges(&self.layout).count();
-        if !self.verify || self.hashes.is_some() || record.payload.len() != count * 8 {
+        let count = hash_count(&self.layout);
+        if !self.verify || self.hashes.is_some() || record.payload.len() as u64 != count * 8 {
             let what = format!("{} bytes of hashes, expected {count} once", record.payload.len());
             return Err(malformed(record, what));
         }

@@ -12,6 +12,8 @@
 //! Who owns the VM is decided by [`crate::handover`] only; `session` does what it says.
 
 mod door;
+#[cfg(test)]
+mod door_tests;
 mod handshake;
 mod incoming;
 mod receiver;

@@ -27,7 +27,7 @@ use crate::vm::{GuestMemory, Section};
 
 const ID: [u8; 16] = [0x11; 16];
 
-fn layout() -> MemoryLayout {
+pub(super) fn small_layout() -> MemoryLayout {
     MemoryLayout::new([PageRange::new(Gfn(0), 16).unwrap(), PageRange::new(Gfn(256), 4).unwrap()])
         .unwrap()
 }
@@ -89,7 +89,7 @@ impl Wire {
         let transport = network.connect(Duration::ZERO).unwrap();
         let mut out =
             RecordWriter::new(Stream(Arc::clone(&transport)), StreamKind::Migration).unwrap();
-        offer(&mut out, verify, &encode_layout(&layout()).unwrap()).unwrap();
+        offer(&mut out, verify, &encode_layout(&small_layout()).unwrap()).unwrap();
         let stream = Stream(Arc::clone(&transport));
         let mut records = RecordReader::new(stream, StreamKind::Migration).unwrap();
         let _: Hello<'_> = records.next_record().unwrap().decode("HELLO").unwrap();
@@ -149,7 +149,11 @@ where
     }
 }
 
-fn offer(out: &mut RecordWriter<Stream>, verify: bool, layout: &[u8]) -> Result<(), StreamError> {
+pub(super) fn offer(
+    out: &mut RecordWriter<Stream>,
+    verify: bool,
+    layout: &[u8],
+) -> Result<(), StreamError> {
     out.send(&Hello { id: ID, program: "0.1.0", features: 0 })?;
     let machine = Machine {
         program_version: "0.1.0".to_owned(),
@@ -319,7 +323,7 @@ fn a_stranger_cannot_join_and_disturbs_nothing() {
         let _: Ready = next(&mut main.records);
         // Nor does a second migration.
         let mut other = Wire::open(network, StreamKind::Migration);
-        drop(offer(&mut other, false, &encode_layout(&layout()).unwrap()));
+        drop(offer(&mut other, false, &encode_layout(&small_layout()).unwrap()));
         pages.out.send(&Round { number: 0 }).unwrap();
         pages.out.send(&Sync { pages: 0 }).unwrap();
         main.out.send(&Complete { sections: 0, paused_us: 0 }).unwrap();
@@ -484,11 +488,11 @@ fn this_version_writes_the_golden_migration() {
     };
     let mut main = Recorder::new(StreamKind::Migration);
     let offer_bytes = main.part(|out| {
-        let layout = encode_layout(&layout()).unwrap();
+        let layout = encode_layout(&small_layout()).unwrap();
         offer(out, true, &layout).unwrap();
     });
     let hashes = {
-        let vm = crate::simulated::SimulatedVm::new(layout()).unwrap();
+        let vm = crate::simulated::SimulatedVm::new(small_layout()).unwrap();
         vm.guest_write(Gfn(2), &[0xa5; 4096]).unwrap();
         vm.guest_write(Gfn(256), &[0x5a; 4096]).unwrap();
         let hashes = crate::verify::hash_memory(&vm).unwrap();
@@ -506,7 +510,7 @@ fn this_version_writes_the_golden_migration() {
     let _join = pages.part(|out| {
         out.send(&Join { id: ID, role: ROLE_PAGES, index: 0, token: [0; 16] }).unwrap();
     });
-    let vm = crate::simulated::SimulatedVm::new(layout()).unwrap();
+    let vm = crate::simulated::SimulatedVm::new(small_layout()).unwrap();
     for (gfn, byte) in [(2, 0xa5), (3, 0x77), (256, 0x5a)] {
         vm.guest_write(Gfn(gfn), &[byte; 4096]).unwrap();
     }
