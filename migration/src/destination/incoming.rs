@@ -20,7 +20,7 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::snapshot::{take_chunk, Blob, MAX_SECTIONS, MAX_STATE_BYTES};
 use crate::stream::session::{
-    Abort, Alive, Commit, Complete, Done, Hello, OfferWire, MAX_CONNECTIONS,
+    printable, Abort, Alive, Commit, Complete, Done, Hello, OfferWire, MAX_CONNECTIONS,
 };
 use crate::stream::{
     decode_layout, decode_runs, decode_section, BlobChunk, BlobKind, Config, Machine, Problem,
@@ -135,7 +135,7 @@ fn read_offer(records: &mut RecordReader<Stream>) -> Result<Offer, StreamError> 
     Ok(Offer {
         id,
         peer: String::new(),
-        name: offer.name.to_owned(),
+        name: printable(offer.name),
         mode,
         connections: offer.connections,
         verify: offer.verify,
@@ -215,7 +215,7 @@ impl Order {
             }
             (RecordType::Abort, _) => {
                 let abort: Abort<'_> = record.decode("ABORT")?;
-                let _ = inbox.send(Input::Aborted(abort.text.to_owned()));
+                let _ = inbox.send(Input::Aborted(printable(abort.text)));
                 return Ok(false);
             }
             (RecordType::Blob, Part::Blobs) if self.stage.reached(Stage::ACCEPTED) => {

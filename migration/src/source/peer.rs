@@ -9,7 +9,8 @@ use crate::handover::Cause;
 use crate::identity::{MigrationId, Token};
 use crate::source::Input;
 use crate::stream::session::{
-    Abort, Accept, Alive, Hello, Loaded, Ready, Refuse, Resumed, MAX_CONNECTIONS, MAX_REASONS,
+    printable, Abort, Accept, Alive, Hello, Loaded, Ready, Refuse, Resumed, MAX_CONNECTIONS,
+    MAX_REASONS,
 };
 use crate::stream::{Problem, RecordReader, RecordType, StreamError, StreamKind};
 use crate::transport::{Stream, Transport};
@@ -76,14 +77,14 @@ fn read(
             }
             (RecordType::Abort, _) => {
                 let abort: Abort<'_> = record.decode("ABORT")?;
-                (Message::Abort(abort.text.to_owned()), RecordType::End)
+                (Message::Abort(printable(abort.text)), RecordType::End)
             }
             (RecordType::Refuse, RecordType::Accept | RecordType::Ready) => {
                 let refuse: Refuse<'_> = record.decode("REFUSE")?;
                 if refuse.reasons.is_empty() || refuse.reasons.len() > MAX_REASONS {
                     return Err(malformed("no reason, or too many"));
                 }
-                let reasons = refuse.reasons.iter().map(|reason| (*reason).to_owned()).collect();
+                let reasons = refuse.reasons.iter().map(|reason| printable(reason)).collect();
                 (Message::Refuse(reasons), RecordType::End)
             }
             (RecordType::Accept, RecordType::Accept) => {

@@ -133,6 +133,12 @@ pub(crate) fn shortened(text: &str, limit: usize) -> &str {
     &text[..end]
 }
 
+/// A peer's text as a person may be shown it: with no control character, which could steer a terminal
+/// or begin a line of its own.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
 impl<W: Write> RecordWriter<W> {
     /// Writes the record of a structure.
     pub(crate) fn send<T: Payload + Serialize>(&mut self, value: &T) -> Result<(), StreamError> {
