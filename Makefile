@@ -6,7 +6,7 @@ BEACON = --manifest-path guest-images/beacon/Cargo.toml
 .PHONY: help demo test check unit smoke lab guest-images bench bench-linux bench-migration fuzz soak build clean
 
 help:
-	@echo 'make demo   build, boot the built-in guest, move it live to another process, verified'
+	@echo 'make demo   build, boot the built-in guest, move it live to another process, verified, and on by post-copy'
 	@echo 'make test   format, lints, unit tests, and the tests on /dev/kvm'
 	@echo 'make smoke  real Linux guests, on hardware virtualization or in an emulated machine (the lab)'
 	@echo 'make lab    a shell in that machine, with minivmm; CMD=... runs a command there'

@@ -16,6 +16,7 @@ pub mod address;
 mod clock;
 pub mod destination;
 pub mod handover;
+pub mod histogram;
 pub mod identity;
 pub mod journal;
 pub mod layout;
@@ -31,6 +32,7 @@ pub mod source;
 pub mod stream;
 pub mod threads;
 pub mod transport;
+mod userfault;
 mod verify;
 pub mod vm;
 pub mod volatile_io;
@@ -42,5 +44,5 @@ pub use link::Timing;
 pub use page_set::PageSet;
 pub use vm::{
     DestinationHost, DestinationMemory, DestinationVm, DirtySource, GuestMemory, Mode, Offer,
-    PauseReason, Placed, Section, SourceVm, VmControl, VmError, VmState,
+    PauseReason, Section, SourceVm, VmControl, VmError, VmState,
 };

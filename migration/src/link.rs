@@ -61,9 +61,12 @@ pub(crate) struct MainLink {
 
 impl MainLink {
     /// Begins the stream. Nothing is sent before the first record.
-    pub(crate) fn open(transport: Arc<dyn Transport>) -> Result<Self, StreamError> {
+    pub(crate) fn open(
+        transport: Arc<dyn Transport>,
+        kind: StreamKind,
+    ) -> Result<Self, StreamError> {
         let out = BufWriter::with_capacity(BUFFER_BYTES, Stream(Arc::clone(&transport)));
-        let writer = Mutex::new(RecordWriter::new(out, StreamKind::Migration)?);
+        let writer = Mutex::new(RecordWriter::new(out, kind)?);
         Ok(Self { writer, transport, closed: Mutex::new(false), closing: Condvar::new() })
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::handover::{Cause, SourcePhase};
+use crate::source::PostcopyReport;
 use crate::vm::Mode;
 
 /// Durations as microseconds; the fields' names say so.
@@ -173,6 +174,8 @@ pub struct Report {
     /// CPU time of the destination's process from the offer to the resumed guest.
     #[serde(rename = "cpu_destination_us", with = "micros::option")]
     pub cpu_destination: Option<Duration>,
+    /// How memory followed the guest, if it did.
+    pub postcopy: Option<PostcopyReport>,
 }
 
 /// How far a source is.
@@ -186,6 +189,8 @@ pub struct Progress {
     pub round_pages: u64,
     /// Pages of the round that are not sent yet.
     pub pages_left: u64,
+    /// Once the guest runs at the destination: pages that have not followed it yet.
+    pub missing_pages: Option<u64>,
     /// Bytes sent on all page connections so far.
     pub bytes: u64,
     /// Bytes per second since the last report of progress.

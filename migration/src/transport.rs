@@ -64,6 +64,12 @@ pub trait Connector: Send + Sync {
 
     /// Where it connects to, for a person.
     fn address(&self) -> String;
+
+    /// The same to another address; `None` where that makes no sense.
+    fn elsewhere(&self, address: &str) -> Option<Box<dyn Connector>> {
+        let _ = address;
+        None
+    }
 }
 
 /// Accepts connections.
@@ -158,6 +164,10 @@ impl Connector for TcpConnector {
 
     fn address(&self) -> String {
         self.address.clone()
+    }
+
+    fn elsewhere(&self, address: &str) -> Option<Box<dyn Connector>> {
+        Some(Box::new(Self::new(address)))
     }
 }
 

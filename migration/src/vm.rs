@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
-use crate::address::{Gfn, PageRange, RangeError, PAGE_BYTES};
+use crate::address::{Gfn, PageRange, RangeError};
 use crate::identity::MigrationId;
 use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
@@ -58,6 +58,12 @@ pub trait GuestMemory: Send + Sync {
     /// # Errors
     /// [`VmError::Os`].
     fn populated(&self) -> Result<PageSet, VmError>;
+
+    /// Pages that can only be missing together, counted from the start of a region: 1, or 512 where
+    /// memory consists of huge pages of 2 MiB (hugetlbfs).
+    fn unit_pages(&self) -> u64 {
+        1
+    }
 }
 
 /// Knows which pages were written, by the guest, by the hypervisor, or by a device.
@@ -191,15 +197,6 @@ pub trait VmState: Send + Sync {
     fn load_sections(&self, sections: &[Section]) -> Result<(), VmError>;
 }
 
-/// What became of a page that was handed to [`DestinationMemory::place_page`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Placed {
-    /// It is in memory now, and whoever waited for it goes on.
-    Now,
-    /// A page was there already, and stays.
-    Already,
-}
-
 /// Memory that receives a VM.
 pub trait DestinationMemory: GuestMemory {
     /// Writes a range of a VM that does not run; `data` has its length.
@@ -216,14 +213,6 @@ pub trait DestinationMemory: GuestMemory {
     /// # Errors
     /// [`VmError::Range`], [`VmError::Os`].
     fn zero(&self, range: PageRange) -> Result<(), VmError>;
-
-    /// Puts one page in while the guest runs, atomically: nobody sees half of it, and a vCPU that
-    /// waits for it wakes up. The way of post-copy, where [`GuestMemory::slice`] of a missing
-    /// page must not be touched. Never overwrites a page that is there.
-    ///
-    /// # Errors
-    /// [`VmError::Range`], [`VmError::Os`].
-    fn place_page(&self, gfn: Gfn, data: &[u8; PAGE_BYTES]) -> Result<Placed, VmError>;
 }
 
 /// A VM that is migrated away. All but the supertraits has a default that does nothing.
@@ -298,6 +287,12 @@ pub trait DestinationVm: DestinationMemory + VmState {
         Duration::from_millis(1)
     }
 
+    /// From now on, before the state is loaded, a part of memory is missing, or no longer: meanwhile nobody may
+    /// save the VM, migrate it, or take memory from it.
+    fn set_draining(&self, draining: bool) {
+        let _ = draining;
+    }
+
     /// Whether the disks could be owned if the source gave them up now: the last check before the
     /// source may commit.
     ///
@@ -341,6 +336,12 @@ pub trait DestinationHost: Send + Sync {
     fn discarded(&self, id: MigrationId) {
         let _ = id;
     }
+
+    /// The guest runs here, and its memory still follows: [`crate::destination::receive`] returns when that is
+    /// over. Called from the thread that receives; must be quick.
+    fn draining(&self, id: MigrationId) {
+        let _ = id;
+    }
 }
 
 /// How a VM is migrated.
@@ -352,6 +353,22 @@ pub enum Mode {
     Precopy = 1,
     /// The guest is paused first.
     Cold = 2,
+    /// The guest goes on at the destination at once, and its memory follows.
+    Postcopy = 3,
+    /// Memory is copied while the guest runs, and what is left then follows it.
+    Hybrid = 4,
+}
+
+impl Mode {
+    /// Whether memory may follow the guest: the destination needs userfaultfd then.
+    pub fn may_switch(self) -> bool {
+        matches!(self, Mode::Postcopy | Mode::Hybrid)
+    }
+
+    /// Whether writes are tracked, and pages sent while the guest runs.
+    pub fn is_live(self) -> bool {
+        matches!(self, Mode::Precopy | Mode::Hybrid)
+    }
 }
 
 /// What a source offers.

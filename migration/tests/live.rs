@@ -5,4 +5,5 @@ mod live {
     pub mod common;
     mod failures;
     mod moves;
+    mod postcopy;
 }

@@ -43,7 +43,7 @@ pub use beacon::{goes_on, number, Console};
 pub use guest::Guest;
 pub use host::{binary, Host};
 pub use migrating::Migrating;
-pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, HugePages};
+pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, userfaultfd, HugePages};
 pub use process::{finish, tied, wait, Collected, Finished};
 pub use snapshot::{Records, Snapshot};
 pub use suite::{Need, Suite};

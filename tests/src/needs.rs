@@ -13,6 +13,17 @@ pub fn kvm() -> Need {
     device.map(|_| ()).map_err(|error| format!("no /dev/kvm: {error}"))
 }
 
+/// userfaultfd for accesses of the kernel too, as post-copy needs it.
+pub fn userfaultfd() -> Need {
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd").is_ok();
+    let anybody = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    if device || root().is_ok() || anybody.is_ok_and(|setting| setting.trim() == "1") {
+        Ok(())
+    } else {
+        Err("needs userfaultfd: /dev/userfaultfd, or vm.unprivileged_userfaultfd=1".into())
+    }
+}
+
 /// The powers of root.
 pub fn root() -> Need {
     if rustix::process::geteuid().is_root() {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use migration::prepaging::Prepaging;
 use migration::source::OnStall;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -126,6 +127,10 @@ pub enum MigrationMode {
     Precopy,
     /// The guest is paused first.
     Cold,
+    /// The guest moves at once, and its memory follows it.
+    Postcopy,
+    /// Memory is copied while the guest runs, for some rounds; what is left follows it.
+    Hybrid,
 }
 
 /// Body of `PUT /v1/vm/migrate`. What is absent has the default, or is as the VM is configured.
@@ -155,9 +160,21 @@ pub struct MigrateRequest {
     /// Bytes per second while the guest runs; 0 is no limit.
     #[serde(default)]
     pub bandwidth: Option<u64>,
-    /// Whether both ends hash memory in the pause and compare.
+    /// Whether both ends hash memory in the pause and compare; not with post-copy.
     #[serde(default)]
     pub verify: bool,
+    /// Hybrid: rounds before the guest moves. Without this and `switch_after_ms`: one.
+    #[serde(default)]
+    pub rounds: Option<u32>,
+    /// Hybrid: milliseconds after which the guest moves, in the middle of a round too.
+    #[serde(default)]
+    pub switch_after_ms: Option<u64>,
+    /// Post-copy: whether pages are sent that the guest did not ask for.
+    #[serde(default)]
+    pub push: Option<bool>,
+    /// Post-copy: how the order of pages follows what the guest asks for.
+    #[serde(default)]
+    pub prepaging: Option<Prepaging>,
     /// Most rounds while the guest runs; see [`crate::config::MigrationConfig`].
     #[serde(default)]
     pub max_rounds: Option<u32>,
@@ -180,6 +197,17 @@ pub struct MigrateSettings {
     pub bandwidth: Option<u64>,
     /// See [`MigrateRequest::downtime_us`].
     pub downtime_us: Option<u64>,
+    /// See [`MigrateRequest::push`].
+    pub push: Option<bool>,
+}
+
+/// Body of `PUT /v1/vm/migrate-recover`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverRequest {
+    /// Another address of the destination: `HOST:PORT`.
+    #[serde(default)]
+    pub to: Option<String>,
 }
 
 /// Answer to `GET /v1/vm/migration`.
@@ -270,6 +298,10 @@ pub trait Control: Send + Sync {
     fn migration(&self) -> MigrationInfo;
     /// Changes the migration that is under way.
     fn set_migration(&self, settings: &MigrateSettings) -> Result<(), ControlError>;
+    /// Lets the guest move now and the rest of its memory follow it.
+    fn start_postcopy(&self) -> Result<(), ControlError>;
+    /// Lets a post-copy migration that lost its connections try again now.
+    fn recover_migration(&self, request: &RecoverRequest) -> Result<(), ControlError>;
     /// Gives the migration up that is under way, whichever way it goes.
     fn cancel_migration(&self) -> Result<(), ControlError>;
     /// The event log, to read and to follow.

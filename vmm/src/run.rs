@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{self, Receiver};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -33,6 +33,9 @@ use crate::vm_handle::VmHandle;
 
 /// How long a source may take to notice that its connection is lost, at most a minute, and to ask.
 const SOURCE_ASKS: Duration = Duration::from_secs(90);
+
+/// How long a VM may take to end that lacks a part of its memory.
+const DRAINING_END: Duration = Duration::from_secs(5);
 
 /// How long console output may take to flow out at the end.
 const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
@@ -313,8 +316,28 @@ pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
     on_termination(move |_| signalled.end()).map_err(RunError::Signals)?;
     eprintln!("minivmm: listening on {}", door.address());
     loop {
-        match door.receive(&host, settings, &stage)? {
-            Received::Here(vm, api) => return arrived(vm, api, &door, &stage),
+        let received = thread::scope(|scope| {
+            let (early, came) = mpsc::channel();
+            let (door, host, stage) = (&door, &host, &*stage);
+            // Gives its end of the channel back when it is over.
+            let receiving = thread::Builder::new()
+                .name("receive".to_owned())
+                .spawn_scoped(scope, move || door.receive(host, settings, stage, &early))
+                .map_err(RunError::Receive)?;
+            if let Ok((vm, api)) = came.recv() {
+                let end = arrived(vm, api, door, stage, Some(receiving))?;
+                return Ok(Err(end));
+            }
+            joined(receiving).map(Ok)
+        });
+        let received = match received? {
+            Ok(received) => received,
+            Err(end) => return Ok(end),
+        };
+        match received {
+            Received::Here((vm, api)) => return arrived(vm, api, &door, &stage, None),
+            // Its VM was given away, and is what this process lives for.
+            Received::Drained => return Ok(RunEnd::Killed),
             Received::Not(reasons, asks) if settings.once || stage.is_ending() => {
                 if let Some(id) = asks.filter(|_| !stage.is_ending()) {
                     answer_source(&door, &stage, id, &reasons);
@@ -338,12 +361,21 @@ fn answer_source(door: &FrontDoor, stage: &Stage, id: MigrationId, reasons: &[St
     door.answer(&|told| told.contains(&id) || stage.is_ending() || Instant::now() >= deadline);
 }
 
-/// The life of a VM that came from elsewhere.
+type Receiving<'scope> = thread::ScopedJoinHandle<'scope, Result<Received, RunError>>;
+
+fn joined(receiving: Receiving<'_>) -> Result<Received, RunError> {
+    receiving.join().unwrap_or_else(|_| {
+        Err(RunError::NotReceived(vec!["the thread that receives panicked".to_owned()]))
+    })
+}
+
+/// The life of a VM that came from elsewhere; what receives the rest of its memory, if it follows.
 fn arrived(
     mut vm: Box<Assembled>,
     api: api::ApiHandle,
     door: &FrontDoor,
     stage: &Stage,
+    receiving: Option<Receiving<'_>>,
 ) -> Result<RunEnd, RunError> {
     stage.runs(&vm.machine);
     vm.follow_terminal()?;
@@ -353,11 +385,19 @@ fn arrived(
     let handle = Arc::clone(&vm.handle);
     let end = thread::scope(|scope| {
         // Whoever lost the acknowledgement asks what became of the VM.
-        let answers = scope.spawn(|| door.answer(&answered_enough));
+        let answers = scope.spawn(|| {
+            // Until then that thread answers.
+            if let Some(Err(error)) = receiving.map(joined) {
+                tracing::warn!(%error, "the rest of the VM's memory");
+            }
+            door.answer(&answered_enough);
+        });
         let Assembled { name, machine, requests, .. } = &mut *vm;
         scope.spawn(|| take_name_over(name, &handle, &is_over));
         let end = wait_for_end(machine, &handle, requests, machine.config().on_reboot);
         over.store(true, Ordering::Release);
+        // No more of its memory is needed.
+        handle.end_draining();
         answers.thread().unpark();
         end
     });
@@ -415,6 +455,9 @@ fn wait_for_end(
             }
             continue;
         }
+        if machine.is_draining() {
+            end_within_limit();
+        }
         // A migration that is under way ends first; it may turn out that the VM is gone.
         match handle.end_migration() {
             Ended::Ours => {}
@@ -446,6 +489,21 @@ fn wait_for_end(
         }
     }
     RunEnd::Killed
+}
+
+/// A VM ends that lacks a part of its memory. Who waits for a missing page cannot be stopped, and must not go on with
+/// another in its place: what does not end in time ends with the process.
+fn end_within_limit() {
+    let spawned = thread::Builder::new().name("end-limit".to_owned()).spawn(|| {
+        thread::sleep(DRAINING_END);
+        eprintln!(
+            "minivmm: the VM ended while a part of its memory was on the host that it came from"
+        );
+        std::process::exit(i32::from(Exit::Failed as u8));
+    });
+    if let Err(error) = spawned {
+        tracing::error!(%error, "no thread to end this process in time");
+    }
 }
 
 fn crashed(machine: &Machine, reason: &str, registers: &str) -> RunEnd {

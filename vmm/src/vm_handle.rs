@@ -4,15 +4,15 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use migration::destination::DestinationControl;
+use migration::destination::{DestinationControl, Draining};
 use migration::handover::{DestinationPhase, SourcePhase};
 use serde_json::{json, Value};
 
 use crate::config::ConsoleConfig;
 use crate::console::{ConsoleHandle, ConsolePaths};
 use crate::control::{
-    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, SaveReport, VmInfo,
-    VmStats, VmStatus,
+    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, RecoverRequest,
+    SaveReport, VmInfo, VmStats, VmStatus,
 };
 use crate::events::EventLog;
 use crate::machine::{Machine, MachineError};
@@ -76,6 +76,20 @@ impl VmHandle {
         incoming.filter(|incoming| incoming.control.phase() != Some(DestinationPhase::Running))
     }
 
+    /// The migration that brought the guest here, while a part of its memory is still where it came from.
+    fn draining(&self) -> Option<(Incoming, Draining)> {
+        let incoming = lock(&self.incoming).clone()?;
+        let drain = incoming.control.drain()?;
+        Some((incoming, drain))
+    }
+
+    /// The VM has ended: no more of its memory is needed.
+    pub fn end_draining(&self) {
+        if let Some(incoming) = lock(&self.incoming).as_ref() {
+            incoming.control.guest_ended();
+        }
+    }
+
     /// The migration that brought the VM here is over.
     pub fn end_arrival(&self, report: Value) {
         *lock(&self.arrival) = report;
@@ -113,6 +127,13 @@ impl VmHandle {
                  with `minivmm resolve`"
                     .to_owned(),
             )),
+            Some(SourcePhase::HandedOver) if self.outgoing.is_interrupted() => {
+                Err(ControlError::Conflict(
+                    "the VM runs on the other host, and a part of its memory is only here: make the connection \
+                     work again; to give that memory up for good, end this process with SIGTERM"
+                        .to_owned(),
+                ))
+            }
             Some(SourcePhase::Committing | SourcePhase::HandedOver) => Err(ControlError::Conflict(
                 "too late here: the VM is being handed over to the other host".to_owned(),
             )),
@@ -261,6 +282,19 @@ impl Control for VmHandle {
     }
 
     fn migration(&self) -> MigrationInfo {
+        if let Some((Incoming { control: _, id, peer }, drain)) = self.draining() {
+            let current = json!({
+                "id": id,
+                "direction": "incoming",
+                "peer": peer,
+                "phase": "draining",
+                "interrupted": !drain.connected,
+                "missing_pages": drain.missing_pages,
+                "note": drain.note,
+                "progress": null,
+            });
+            return MigrationInfo { current, last: Value::Null };
+        }
         if let Some(Incoming { control, id, peer }) = self.arriving() {
             let current = json!({
                 "id": id,
@@ -274,6 +308,14 @@ impl Control for VmHandle {
         let (current, last) = self.outgoing.status();
         let last = if last.is_null() { lock(&self.arrival).clone() } else { last };
         MigrationInfo { current, last }
+    }
+
+    fn start_postcopy(&self) -> Result<(), ControlError> {
+        self.outgoing.start_postcopy()
+    }
+
+    fn recover_migration(&self, request: &RecoverRequest) -> Result<(), ControlError> {
+        self.outgoing.recover(request.to.clone())
     }
 
     fn set_migration(&self, settings: &MigrateSettings) -> Result<(), ControlError> {

@@ -12,7 +12,9 @@ use crate::handover::Verdict;
 use crate::identity::{MigrationId, Token};
 use crate::journal::{Journal, Side};
 use crate::link::{MainLink, Timing};
-use crate::stream::session::{Hello, Join, Joined, Query, Refuse, VerdictWire, ROLE_PAGES};
+use crate::stream::session::{
+    Hello, Join, Joined, Query, Recover, Refuse, VerdictWire, ROLE_PAGES, ROLE_REQUESTS,
+};
 use crate::stream::{Problem, RecordReader, RecordWriter, StreamError, StreamKind};
 use crate::threads;
 use crate::transport::{Listener, Stream, Transport};
@@ -28,6 +30,10 @@ pub(super) struct Guests {
     pub(super) token: Token,
     /// Which page connections have joined.
     pub(super) joined: Vec<bool>,
+    /// Whether the connection for requests may join.
+    pub(super) requests: bool,
+    /// Whether the source may come again to go on after its connections were lost, which it may know first.
+    pub(super) recover: bool,
 }
 
 /// What a connection has shown itself to be.
@@ -178,20 +184,28 @@ impl Door {
             let problem = Problem::Read(error);
             return Err(StreamError { record: 0, offset: 0, problem });
         }
-        let kinds = [StreamKind::Migration, StreamKind::Pages, StreamKind::Query];
+        let kinds = [
+            StreamKind::Migration,
+            StreamKind::Pages,
+            StreamKind::Query,
+            StreamKind::Requests,
+            StreamKind::Continue,
+        ];
         let stream = Stream(Arc::clone(transport));
         let records = match RecordReader::of_kinds(stream, &kinds) {
             Ok(records) => records,
             Err(error) => {
                 // Another version learns ours from the preamble.
                 if matches!(error.problem, Problem::Version(_)) {
-                    MainLink::open(Arc::clone(transport))?.abort(3, &error.problem.to_string());
+                    MainLink::open(Arc::clone(transport), StreamKind::Migration)?
+                        .abort(3, &error.problem.to_string());
                 }
                 return Err(error);
             }
         };
         match records.kind() {
-            StreamKind::Pages => self.join(records, transport),
+            StreamKind::Pages | StreamKind::Requests => self.join(records, transport),
+            StreamKind::Continue => self.recover(records, transport),
             StreamKind::Query => {
                 standing.asks();
                 self.answer(records, transport)
@@ -227,7 +241,7 @@ impl Door {
         let record = records.next_record()?;
         let hello: Hello<'_> = record.decode("HELLO")?;
         let id = hello.id;
-        let link = MainLink::open(Arc::clone(transport))?;
+        let link = MainLink::open(Arc::clone(transport), StreamKind::Migration)?;
         link.write(|out| -> Result<(), StreamError> {
             out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
             out.send(&Refuse { reasons: vec!["another migration is under way there"] })
@@ -243,6 +257,7 @@ impl Door {
         mut records: RecordReader<Stream>,
         transport: &Arc<dyn Transport>,
     ) -> Result<(), StreamError> {
+        let kind = records.kind();
         let record = records.next_record()?;
         let join: Join = record.decode("JOIN")?;
         let refused = |what: &str| {
@@ -252,26 +267,65 @@ impl Door {
         let Some(inbox) = &self.inbox else { return Err(refused("no migration is under way")) };
         {
             let mut guests = self.guests();
-            let admitted = guests.as_mut().filter(|guests| {
-                guests.token.matches(&Token::from_bytes(join.token)) && guests.id.0 == join.id
-            });
-            let Some(guests) = admitted else {
+            let Some(guests) = admitted(&mut guests, &join.id, join.token) else {
                 return Err(refused("no such migration, or the wrong token"));
             };
-            match guests.joined.get_mut(usize::from(join.index)) {
-                Some(joined) if !*joined && join.role == ROLE_PAGES => *joined = true,
+            let place = match (join.role, kind) {
+                (ROLE_PAGES, StreamKind::Pages) => guests.joined.get_mut(usize::from(join.index)),
+                (ROLE_REQUESTS, StreamKind::Requests) if guests.requests && join.index == 0 => {
+                    guests.requests = false;
+                    None
+                }
+                _ => return Err(refused("no such connection")),
+            };
+            match place {
+                Some(joined) if !*joined => *joined = true,
+                None if join.role == ROLE_REQUESTS => {}
                 _ => return Err(refused("no such page connection, or it has joined before")),
             }
         }
-        let mut out = RecordWriter::new(Stream(Arc::clone(transport)), StreamKind::Pages)?;
+        let mut out = RecordWriter::new(Stream(Arc::clone(transport)), kind)?;
         out.send(&Joined { index: join.index })?;
         // It may be idle from now on; who closes the main connection closes this one too.
         if let Err(error) = transport.set_timeouts(None, Some(self.timing.dead)) {
             return Err(records.error(Problem::Read(error)));
         }
         let transport = Arc::clone(transport);
+        let index = (join.role == ROLE_PAGES).then_some(join.index);
         // Fails when the session has just ended, and closes the connection.
-        let _ = inbox.send(Input::Joined { index: join.index, records, out, transport });
+        let _ = inbox.send(Input::Joined { index, records, out, transport });
+        Ok(())
+    }
+
+    /// A source goes on with a migration whose connections were lost.
+    fn recover(
+        &self,
+        mut records: RecordReader<Stream>,
+        transport: &Arc<dyn Transport>,
+    ) -> Result<(), StreamError> {
+        let hello: Hello<'_> = records.next_record()?.decode("HELLO")?;
+        let id = hello.id;
+        let record = records.next_record()?;
+        let recover: Recover = record.decode("RECOVER")?;
+        let Some(inbox) = &self.inbox else {
+            let link = MainLink::open(Arc::clone(transport), StreamKind::Continue)?;
+            link.write(|out| -> Result<(), StreamError> {
+                out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
+                out.send(&Refuse { reasons: vec!["nothing of that migration is waited for"] })
+            })?;
+            transport.shutdown();
+            return Ok(());
+        };
+        let welcome = admitted(&mut self.guests(), &id, recover.token).is_some_and(|g| g.recover);
+        if !welcome {
+            // It may be too early: the source tries again.
+            let what = "no such migration, the wrong token, or too early".to_owned();
+            let record_type = record.record_type;
+            return Err(record.error(Problem::Malformed { record_type, what }));
+        }
+        let (connections, transport) = (recover.connections, Arc::clone(transport));
+        // As above.
+        let _ = inbox.send(Input::Recover { connections, records, transport });
         Ok(())
     }
 
@@ -344,4 +398,15 @@ impl Door {
     fn strangers(&self) -> MutexGuard<'_, Vec<Stranger>> {
         self.strangers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Who is waited for, if this is it.
+fn admitted<'a>(
+    guests: &'a mut Option<Guests>,
+    id: &[u8; 16],
+    token: [u8; 16],
+) -> Option<&'a mut Guests> {
+    guests
+        .as_mut()
+        .filter(|guests| guests.token.matches(&Token::from_bytes(token)) && guests.id.0 == *id)
 }

@@ -14,13 +14,15 @@ use crate::report::as_micros;
 use crate::stream::session::{
     shortened, Accept, Hello, Ready, Refuse, MAX_REASONS, MAX_REASON_BYTES,
 };
-use crate::stream::RecordType;
+use crate::stream::{RecordReader, RecordType, RecordWriter, StreamKind};
+use crate::transport::{Stream, Transport};
+use crate::userfault::Userfault;
 use crate::verify::hash_count;
 
 impl Session<'_, '_, '_> {
     /// Says hello, and has the host look at the offer.
     pub(super) fn negotiate(&mut self) -> Result<DestinationEvent, Failure> {
-        let link = Arc::new(MainLink::open(Arc::clone(&self.main))?);
+        let link = Arc::new(MainLink::open(Arc::clone(&self.main), StreamKind::Migration)?);
         self.link = Some(Arc::clone(&link));
         link.send(&Hello { id: self.offer.id.0, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
         let interval = self.offer.alive;
@@ -29,6 +31,12 @@ impl Session<'_, '_, '_> {
         let hash_bytes = hash_count(&self.offer.layout) * 8;
         if self.offer.verify && hash_bytes > RecordType::Hash.max_bytes() {
             reasons.push("its memory is too large for verify mode".to_owned());
+        }
+        if self.offer.mode.may_switch() {
+            match Userfault::open() {
+                Ok(userfault) => self.userfault = Some(userfault),
+                Err(reason) => reasons.push(reason),
+            }
         }
         match reasons.is_empty() {
             true => Ok(DestinationEvent::Acceptable),
@@ -46,7 +54,9 @@ impl Session<'_, '_, '_> {
             &token,
         )?);
         let joined = vec![false; usize::from(self.connections)];
-        self.door.expect(Some(Guests { id: offer.id, token, joined }));
+        let requests = offer.mode.may_switch();
+        self.token = Some(token);
+        self.door.expect(Some(Guests { id: offer.id, token, joined, requests, recover: false }));
         self.stage.set(Stage::ACCEPTED);
         let connections = self.connections;
         Ok(self.link()?.send(&Accept { token: token.bytes(), connections })?)
@@ -68,7 +78,7 @@ impl Session<'_, '_, '_> {
         while let Ok(input) =
             self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now()))
         {
-            if matches!(input, Input::Lost(..) | Input::Aborted(_)) {
+            if matches!(input, Input::Lost { .. } | Input::Aborted(_)) {
                 break;
             }
         }
@@ -92,14 +102,14 @@ impl Session<'_, '_, '_> {
                     return Err(Failure::new(Cause::Refused, reason));
                 }
             }
-            if self.vm.is_some() && self.joined.len() == usize::from(self.connections) {
+            let requests = self.requests_joined.is_some() == self.offer.mode.may_switch();
+            if self.vm.is_some() && requests && self.joined.len() == usize::from(self.connections) {
                 return Ok(DestinationEvent::Prepared);
             }
             match self.next_or_end(deadline)? {
                 Some(Input::Blobs(all)) => blobs = Some(all),
                 Some(Input::Joined { index, records, out, transport }) => {
-                    self.page_transports.push(transport);
-                    self.joined.push(Joined { index, records, out });
+                    self.take_joined(index, records, out, transport);
                 }
                 Some(_) => {}
                 None => {
@@ -107,6 +117,21 @@ impl Session<'_, '_, '_> {
                     return Err(Failure::new(Cause::Deadline, reason));
                 }
             }
+        }
+    }
+
+    /// A connection was let in.
+    pub(super) fn take_joined(
+        &mut self,
+        index: Option<u16>,
+        records: RecordReader<Stream>,
+        out: RecordWriter<Stream>,
+        transport: Arc<dyn Transport>,
+    ) {
+        self.page_transports.push(Arc::clone(&transport));
+        match index {
+            Some(index) => self.joined.push(Joined { index, records, out }),
+            None => self.requests_joined = Some((records, out, transport)),
         }
     }
 

@@ -3,6 +3,7 @@
 //! ```text
 //!   HELLO MACHINE CONFIG LAYOUT OFFER   BLOB*     ANNOUNCE* HASH? STATE* COMPLETE   COMMIT   DONE
 //!                                     `- ACCEPT  `- READY                         `- LOADED
+//!   with post-copy, after READY:                  ANNOUNCE* (MISSING* ECHO)* MISSING* SWITCH STATE* COMPLETE
 //! ```
 //!
 //! Each part may only begin after this side has sent the record below it. ALIVE and ABORT may
@@ -20,7 +21,7 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::snapshot::{take_chunk, Blob, MAX_SECTIONS, MAX_STATE_BYTES};
 use crate::stream::session::{
-    printable, Abort, Alive, Commit, Complete, Done, Hello, OfferWire, MAX_CONNECTIONS,
+    printable, Abort, Alive, Commit, Complete, Done, Echo, Hello, OfferWire, Switch, MAX_CONNECTIONS,
 };
 use crate::stream::{
     decode_layout, decode_runs, decode_section, BlobChunk, BlobKind, Config, Machine, Problem,
@@ -63,16 +64,55 @@ pub(super) fn read_main(
             Err(error) => break error,
         }
     };
-    let lost = match error.problem {
-        Problem::Read(_) | Problem::Truncated => Input::Lost(
-            Cause::Lost,
-            format!("the connection to the source was lost: {}", error.problem),
-        ),
-        _ => Input::Lost(Cause::Protocol, format!("the source broke the protocol: {error}")),
+    // Fails when the session has ended.
+    let _ = inbox.send(lost(0, &error));
+    Ok(())
+}
+
+/// The main connection of this number is of no use any more.
+fn lost(generation: u32, error: &StreamError) -> Input {
+    let (cause, text) = match error.problem {
+        Problem::Read(_) | Problem::Truncated => {
+            (Cause::Lost, format!("the connection to the source was lost: {}", error.problem))
+        }
+        _ => (Cause::Protocol, format!("the source broke the protocol: {error}")),
+    };
+    Input::Lost { generation, cause, text }
+}
+
+/// Reads what the source says on a main connection that goes on with post-copy.
+pub(super) fn read_continued(
+    mut records: RecordReader<Stream>,
+    generation: u32,
+    inbox: &mpsc::Sender<Input>,
+) {
+    let mut next = || -> Result<Option<Input>, StreamError> {
+        let record = records.next_record()?;
+        Ok(match record.record_type {
+            RecordType::Alive => {
+                let Alive {} = record.decode("ALIVE")?;
+                None
+            }
+            RecordType::Abort => {
+                let abort: Abort<'_> = record.decode("ABORT")?;
+                let text = format!("the source gave up: {}", printable(abort.text));
+                Some(Input::Lost { generation, cause: Cause::PeerAborted, text })
+            }
+            _ => {
+                let Done {} = record.decode("ALIVE, ABORT or DONE")?;
+                Some(Input::Done)
+            }
+        })
+    };
+    let last = loop {
+        match next() {
+            Ok(None) => {}
+            Ok(Some(last)) => break last,
+            Err(error) => break lost(generation, &error),
+        }
     };
     // Fails when the session has ended.
-    let _ = inbox.send(lost);
-    Ok(())
+    let _ = inbox.send(last);
 }
 
 fn malformed(record: &Record<'_>, what: impl Into<String>) -> StreamError {
@@ -108,8 +148,13 @@ fn read_offer(records: &mut RecordReader<Stream>) -> Result<Offer, StreamError> 
     let mode = match offer.mode {
         1 => Mode::Precopy,
         2 => Mode::Cold,
+        3 => Mode::Postcopy,
+        4 => Mode::Hybrid,
         other => return Err(malformed(&record, format!("mode {other}"))),
     };
+    if mode.may_switch() && offer.verify {
+        return Err(malformed(&record, "memory cannot be compared when it follows its guest"));
+    }
     if offer.connections == 0 || offer.connections > MAX_CONNECTIONS {
         let what = format!("{} page connections", offer.connections);
         return Err(malformed(&record, what));
@@ -170,6 +215,11 @@ struct Order {
     incomplete: Option<u64>,
     listed: Vec<(BlobKind, u64)>,
     verify: bool,
+    may_switch: bool,
+    /// What the destination is to have only later. Made as `announced`.
+    missing: Option<PageSet>,
+    /// Pages that can only be missing together; known once it switches to post-copy.
+    switch_unit: Option<u64>,
     /// Made when memory is announced: before that the layout is nothing but a claim.
     announced: Option<PageSet>,
     hashes: Option<Vec<u64>>,
@@ -190,6 +240,9 @@ impl Order {
             incomplete: None,
             listed: offer.blobs.clone(),
             verify: offer.verify,
+            may_switch: offer.mode.may_switch(),
+            missing: None,
+            switch_unit: None,
             hashes: None,
             sections: Vec::new(),
             section_names: HashSet::new(),
@@ -229,6 +282,16 @@ impl Order {
                 self.announce(&record)?;
                 return Ok(true);
             }
+            (RecordType::Missing | RecordType::Echo | RecordType::Switch, Part::Memory)
+                if self.may_switch
+                    && self.switch_unit.is_none()
+                    && self.stage.reached(Stage::READY) =>
+            {
+                match self.postcopy(&record)? {
+                    Some(input) => input,
+                    None => return Ok(true),
+                }
+            }
             (
                 RecordType::Hash | RecordType::State | RecordType::Complete,
                 Part::Memory | Part::State,
@@ -262,7 +325,9 @@ impl Order {
                         let paused = Duration::from_micros(complete.paused_us);
                         let now = Instant::now();
                         let paused = now.checked_sub(paused.min(MAX_PAUSED)).unwrap_or(now);
-                        Input::State { sections, hashes: self.hashes.take(), paused }
+                        let missing = self.missing.take();
+                        let missing = self.switch_unit.zip(missing);
+                        Input::State { sections, hashes: self.hashes.take(), paused, missing }
                     }
                     _ => return Err(unexpected("STATE or COMPLETE")),
                 }
@@ -285,6 +350,34 @@ impl Order {
             (_, Part::Done) => return Err(unexpected("DONE")),
         };
         Ok(inbox.send(input).is_ok())
+    }
+
+    /// A record about memory that comes later.
+    fn postcopy(&mut self, record: &Record<'_>) -> Result<Option<Input>, StreamError> {
+        let missing = self.missing.get_or_insert_with(|| PageSet::empty(&self.layout));
+        match record.record_type {
+            RecordType::Missing => {
+                let runs = decode_runs(RecordType::Missing, record.payload, &self.layout)
+                    .map_err(|problem| record.error(problem))?;
+                for run in runs {
+                    missing.insert(run).map_err(|error| record.error(error))?;
+                }
+                Ok(None)
+            }
+            RecordType::Echo => {
+                let echo: Echo = record.decode("ECHO")?;
+                Ok(Some(Input::Retract { pages: missing.clone(), number: echo.number }))
+            }
+            _ => {
+                let switch: Switch = record.decode("SWITCH")?;
+                let (what, claimed, counted) = ("missing pages", switch.pages, missing.count());
+                if claimed != counted {
+                    return Err(record.error(Problem::Totals { what, claimed, counted }));
+                }
+                self.switch_unit = Some(u64::from(switch.unit));
+                Ok(None)
+            }
+        }
     }
 
     /// Takes a piece of a blob; `true` when all blobs are complete.

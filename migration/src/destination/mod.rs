@@ -9,6 +9,8 @@
 //!      `-- mig-recv-N     one per page connection                             |
 //! ```
 //!
+//! With post-copy [`receive`] goes on after the guest runs, until all of its memory is here (`postcopy`).
+//!
 //! Who owns the VM is decided by [`crate::handover`] only; `session` does what it says.
 
 mod door;
@@ -16,6 +18,7 @@ mod door;
 mod door_tests;
 mod handshake;
 mod incoming;
+mod postcopy;
 mod receiver;
 mod session;
 #[cfg(test)]
@@ -33,11 +36,14 @@ use crate::handover::{Cause, DestinationPhase, Owner};
 use crate::identity::MigrationId;
 use crate::journal::Journal;
 use crate::link::Timing;
+use crate::page_set::PageSet;
 use crate::snapshot::Blob;
 use crate::stream::{RecordReader, RecordWriter};
 use crate::threads;
 use crate::transport::{Listener, Stream, Transport};
 use crate::vm::{DestinationHost, Offer, Section};
+
+pub use postcopy::DrainReport;
 
 use door::Door;
 use receiver::ReceiverStats;
@@ -110,6 +116,8 @@ pub struct ArrivalReport {
     /// CPU time of this process from the offer to the resumed guest.
     #[serde(rename = "cpu_us", serialize_with = "crate::report::micros::serialize")]
     pub cpu: Duration,
+    /// How memory followed the guest, if it did.
+    pub drain: Option<DrainReport>,
 }
 
 /// How far a destination is.
@@ -127,6 +135,17 @@ pub struct Arriving {
     pub note: Option<String>,
 }
 
+/// How far memory is that follows its guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Draining {
+    /// Whether there is a connection to the source.
+    pub connected: bool,
+    /// Pages that are missing.
+    pub missing_pages: u64,
+    /// Why there is no connection, for a person.
+    pub note: Option<String>,
+}
+
 /// Steers an incoming migration from other threads.
 #[derive(Clone, Default)]
 pub struct DestinationControl {
@@ -138,6 +157,7 @@ struct ControlState {
     inbox: Option<mpsc::Sender<Input>>,
     stopped: bool,
     phase: Option<DestinationPhase>,
+    drain: Option<Draining>,
 }
 
 impl DestinationControl {
@@ -149,6 +169,17 @@ impl DestinationControl {
     /// Gives the incoming migration up. Without effect when the VM is owned here.
     pub fn cancel(&self) {
         self.tell(Input::Cancel);
+    }
+
+    /// The guest, which runs here, powered off or crashed, or an operator ended it: no more of its memory is
+    /// needed.
+    pub fn guest_ended(&self) {
+        self.tell(Input::GuestEnded);
+    }
+
+    /// How memory follows its guest, while it does.
+    pub fn drain(&self) -> Option<Draining> {
+        self.state().drain.clone()
     }
 
     /// No longer waits for a migration; one that is under way goes on.
@@ -214,22 +245,45 @@ enum Input {
         sections: Vec<Section>,
         hashes: Option<Vec<u64>>,
         paused: Instant,
+        /// With post-copy: in units of so many pages, what comes later.
+        missing: Option<(u64, PageSet)>,
+    },
+    /// What came of these pages is void; say so when that is done.
+    Retract {
+        pages: PageSet,
+        number: u32,
     },
     Commit {
         run: bool,
     },
     Done,
     Aborted(String),
-    Lost(Cause, String),
+    /// A connection is of no use any more. They are numbered by how often they were made anew.
+    Lost {
+        generation: u32,
+        cause: Cause,
+        text: String,
+    },
+    /// A page connection of this index, or the connection for requests.
     Joined {
-        index: u16,
+        index: Option<u16>,
         records: RecordReader<Stream>,
         out: RecordWriter<Stream>,
         transport: Arc<dyn Transport>,
     },
     Synced {
         stats: ReceiverStats,
+        records: RecordReader<Stream>,
     },
+    /// The source goes on with what was interrupted.
+    Recover {
+        connections: u16,
+        records: RecordReader<Stream>,
+        transport: Arc<dyn Transport>,
+    },
+    /// No page is missing any more.
+    AllHere,
+    GuestEnded,
     Cancel,
     Resolved(Owner),
     Detach,

@@ -34,24 +34,25 @@ pub(super) struct Receiver {
 
 impl Receiver {
     /// Receives until SYNC, and tells the session.
-    pub(super) fn run(self, inbox: &mpsc::Sender<Input>) {
+    pub(super) fn run(mut self, inbox: &mpsc::Sender<Input>) {
         let index = self.index;
         let input = match self.receive() {
-            Ok(stats) => Input::Synced { stats },
+            Ok(stats) => Input::Synced { stats, records: self.records },
             Err(error) => {
                 let cause = match error.problem {
                     Problem::Read(_) | Problem::Write(_) | Problem::Truncated => Cause::Lost,
                     Problem::Vm(_) => Cause::Failed,
                     _ => Cause::Protocol,
                 };
-                Input::Lost(cause, format!("page connection {index}: {error}"))
+                let text = format!("page connection {index}: {error}");
+                Input::Lost { generation: 0, cause, text }
             }
         };
         // Fails when the session has ended.
         let _ = inbox.send(input);
     }
 
-    fn receive(mut self) -> Result<ReceiverStats, StreamError> {
+    fn receive(&mut self) -> Result<ReceiverStats, StreamError> {
         let layout = Arc::clone(self.vm.layout());
         // Pages of this connection that hold, or held, anything. Others read as zeros.
         let mut filled = PageSet::empty(&layout);

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::process_cpu_time;
 use crate::destination::door::Door;
+use crate::destination::postcopy::drain::Drain;
 use crate::destination::receiver::{PageCount, ReceiverStats};
 use crate::destination::{
     Arrival, ArrivalReport, Arriving, DestinationControl, DestinationOptions, Input, Stage,
@@ -15,13 +16,16 @@ use crate::destination::{
 use crate::handover::{
     step_destination, Cause, DestinationAction, DestinationEvent, DestinationPhase, Owner,
 };
+use crate::identity::Token;
 use crate::journal::{DestinationEntry, Journal, JournalError};
 use crate::link::MainLink;
+use crate::page_set::PageSet;
 use crate::report::as_micros;
-use crate::stream::session::{Loaded, Resumed};
+use crate::stream::session::{Echo, Loaded, Resumed};
 use crate::stream::{RecordReader, RecordWriter, StreamError};
 use crate::threads;
 use crate::transport::{Stream, Transport};
+use crate::userfault::Userfault;
 use crate::verify::{first_difference, hash_memory};
 use crate::vm::{DestinationHost, DestinationVm, Offer, Section, VmError};
 
@@ -73,6 +77,7 @@ pub(super) fn wait_for_offer(
         own: Duration::ZERO,
         resume: Duration::ZERO,
         cpu: Duration::ZERO,
+        drain: None,
     }
 }
 
@@ -119,6 +124,9 @@ pub(super) struct Joined {
     pub(super) out: RecordWriter<Stream>,
 }
 
+/// The connection for requests: both directions.
+pub(super) type RequestsJoined = (RecordReader<Stream>, RecordWriter<Stream>, Arc<dyn Transport>);
+
 pub(super) struct Session<'scope, 'env, 'door> {
     pub(super) around: Surroundings<'scope, 'env>,
     pub(super) door: &'door Door,
@@ -139,6 +147,17 @@ pub(super) struct Session<'scope, 'env, 'door> {
     /// Since when the guest stands.
     pub(super) paused: Instant,
     pub(super) hashes: Option<Vec<u64>>,
+    pub(super) token: Option<Token>,
+    /// With post-copy, until memory is registered.
+    pub(super) userfault: Option<Userfault>,
+    /// What comes after the guest runs, in units of so many pages.
+    pub(super) missing: Option<(u64, PageSet)>,
+    pub(super) requests_joined: Option<RequestsJoined>,
+    /// Page connections that pages are pushed on later.
+    pub(super) synced: Vec<RecordReader<Stream>>,
+    pub(super) drain: Option<Drain<'scope>>,
+    /// How often connections were made anew.
+    pub(super) generation: u32,
     pub(super) all_received: Instant,
     pub(super) committed: Instant,
     pub(super) run_guest: bool,
@@ -184,6 +203,13 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             sections: None,
             paused: Instant::now(),
             hashes: None,
+            token: None,
+            userfault: None,
+            missing: None,
+            requests_joined: None,
+            synced: Vec::new(),
+            drain: None,
+            generation: 0,
             all_received: now,
             committed: now,
             run_guest: true,
@@ -207,6 +233,9 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         while !self.phase.is_final() && !self.detached {
             let event = self.work().unwrap_or_else(|failure| self.note(failure));
             self.handle(event);
+        }
+        if self.phase == DestinationPhase::Running && self.drain.is_some() {
+            self.drain();
         }
         self.end()
     }
@@ -312,6 +341,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             }
             DestinationAction::Discard => {
                 self.close_connections();
+                self.abandon_drain();
                 if self.vm.take().is_some() {
                     self.around.host.discarded(self.offer.id);
                 }
@@ -329,13 +359,19 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         while synced < self.connections || self.sections.is_none() {
             let input = self.next_or_end(Instant::now() + PROGRESS_INTERVAL);
             match input.map_err(|failure| self.explained(failure))? {
-                Some(Input::Synced { stats }) => {
+                Some(Input::Synced { stats, records }) => {
                     synced += 1;
+                    self.synced.push(records);
                     self.stats.data_pages += stats.data_pages;
                     self.stats.zero_pages += stats.zero_pages;
                 }
-                Some(Input::State { sections, hashes, paused }) => {
+                Some(Input::Retract { pages, number }) => {
+                    self.retract(&pages)?;
+                    self.link()?.send(&Echo { number })?;
+                }
+                Some(Input::State { sections, hashes, paused, missing }) => {
                     self.paused = paused;
+                    self.missing = missing;
                     self.sections = Some(sections);
                     self.hashes = hashes;
                 }
@@ -355,6 +391,9 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                 let reason = format!("memory differs from the source's, first within {range}");
                 return Err(Failure::new(Cause::Failed, reason));
             }
+        }
+        if let Some((unit, missing)) = self.missing.take() {
+            self.switch(unit, missing)?;
         }
         vm.load_state(&self.sections.take().unwrap_or_default(), self.paused)?;
         Ok(vm.check_ownership()?)
@@ -470,7 +509,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
     /// The next input, or `None` at the deadline. What ends the migration is an error.
     pub(super) fn next_or_end(&mut self, deadline: Instant) -> Result<Option<Input>, Failure> {
         match self.next(deadline) {
-            Some(Input::Lost(cause, text)) => Err(Failure::new(cause, text)),
+            Some(Input::Lost { cause, text, .. }) => Err(Failure::new(cause, text)),
             Some(Input::Aborted(text)) => {
                 let reason = format!("the source gave up: {text}");
                 Err(Failure::new(Cause::PeerAborted, reason))
@@ -497,7 +536,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         }
     }
 
-    fn next(&mut self, deadline: Instant) -> Option<Input> {
+    pub(super) fn next(&mut self, deadline: Instant) -> Option<Input> {
         let left = deadline.saturating_duration_since(Instant::now());
         match self.inbox.recv_timeout(left).ok()? {
             Input::Detach => {
@@ -515,7 +554,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         }
     }
 
-    fn tell(&self, note: Option<String>) {
+    pub(super) fn tell(&self, note: Option<String>) {
         (self.around.progress)(&Arriving {
             phase: self.phase,
             id: self.offer.id.to_string(),
@@ -526,7 +565,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
     }
 
     /// Ends all connections, and with them the threads.
-    fn close_connections(&mut self) {
+    pub(super) fn close_connections(&mut self) {
         self.door.expect(None);
         for transport in self.page_transports.drain(..) {
             transport.shutdown();
@@ -539,12 +578,13 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
 
     fn end(mut self) -> ArrivalReport {
         // Who came by an operator's word, or the journal's, has no connection any more.
-        if self.phase == DestinationPhase::Running && self.link.is_some() {
+        let drained = self.drain.as_ref().map(Drain::report);
+        if self.phase == DestinationPhase::Running && self.link.is_some() && drained.is_none() {
             // Until the source says that it knows, somebody must be there to be asked.
             let deadline = Instant::now() + self.offer.dead;
             while let Some(input) = self.next(deadline) {
                 self.confirmed = matches!(input, Input::Done);
-                if self.confirmed || matches!(input, Input::Lost(..) | Input::Aborted(_)) {
+                if self.confirmed || matches!(input, Input::Lost { .. } | Input::Aborted(_)) {
                     break;
                 }
             }
@@ -582,6 +622,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             own: self.own,
             resume: self.resume,
             cpu: self.cpu,
+            drain: drained,
         }
     }
 }

@@ -28,8 +28,8 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::pagemap;
 use crate::vm::{
-    DestinationMemory, DestinationVm, DirtySource, GuestMemory, PauseReason, Placed, Section,
-    SourceVm, VmControl, VmError, VmState,
+    DestinationMemory, DestinationVm, DirtySource, GuestMemory, PauseReason, Section, SourceVm,
+    VmControl, VmError, VmState,
 };
 use crate::volatile_io::discard;
 
@@ -465,14 +465,5 @@ impl DestinationMemory for SimulatedVm {
     fn zero(&self, range: PageRange) -> Result<(), VmError> {
         discard(&self.slice(range)?)
             .map_err(|error| VmError::Os { what: format!("discarding {range}"), error })
-    }
-
-    fn place_page(&self, gfn: Gfn, data: &[u8; PAGE_BYTES]) -> Result<Placed, VmError> {
-        let page = PageRange::new(gfn, 1)?;
-        if self.populated()?.contains(page) {
-            return Ok(Placed::Already);
-        }
-        self.store(gfn, data)?;
-        Ok(Placed::Now)
     }
 }

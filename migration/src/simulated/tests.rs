@@ -32,17 +32,6 @@ fn a_page_stays_dirty_until_cleared_and_is_dirty_again_when_written() {
 }
 
 #[test]
-fn a_placed_page_is_never_overwritten() {
-    let vm = vm();
-    assert_eq!(vm.place_page(Gfn(5), &[1; PAGE_BYTES]).unwrap(), Placed::Now);
-    assert_eq!(vm.place_page(Gfn(5), &[2; PAGE_BYTES]).unwrap(), Placed::Already);
-    assert_eq!(vm.read_page(Gfn(5)).unwrap(), [1; PAGE_BYTES]);
-    vm.zero(PageRange::new(Gfn(4), 3).unwrap()).unwrap();
-    assert_eq!(vm.read_page(Gfn(5)).unwrap(), [0; PAGE_BYTES]);
-    assert!(vm.place_page(Gfn(200), &[1; PAGE_BYTES]).is_err());
-}
-
-#[test]
 fn the_traits_are_object_safe() {
     let vm = vm();
     let memory: &dyn DestinationMemory = &vm;

@@ -1,6 +1,6 @@
 //! The runner: does the work of each phase, and what [`crate::handover`] says between them.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{mpsc, Arc};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
@@ -12,11 +12,12 @@ use crate::journal::{EntryState, Journal, Side, SourceEntry};
 use crate::link::MainLink;
 use crate::page_set::PageSet;
 use crate::report::{Outcome, PauseReport, Progress, Report, RoundReport};
-use crate::source::pacer::Pacer;
 use crate::source::peer::Message;
-use crate::source::predict::Predictor;
+use crate::source::postcopy::outflow::Outflow;
+use crate::source::postcopy::{Joint, PostcopyReport};
+use crate::source::predict::{OnStall, Predictor};
 use crate::source::resolve::{ask_verdict, AskError};
-use crate::source::sender::{Pass, PassStats, SendError, Shared};
+use crate::source::sender::{PassStats, SendError, Shared, Work};
 use crate::source::throttle::Throttle;
 use crate::source::{Input, Offering, SourceControl, SourceOptions};
 use crate::stream::session::{Commit, Done};
@@ -73,7 +74,7 @@ impl From<StreamError> for Failure {
 
 /// A page connection and the thread that sends on it.
 pub(super) struct SenderHandle {
-    pub(super) passes: mpsc::Sender<Pass>,
+    pub(super) passes: mpsc::Sender<Work>,
     pub(super) transport: Arc<dyn Transport>,
 }
 
@@ -112,6 +113,18 @@ pub(super) struct Engine<'scope, 'env, 'blob> {
     /// Dirty pages, collected and not sent.
     pub(super) pending: Option<PageSet>,
     pub(super) rounds: Vec<RoundReport>,
+    /// The rest of memory is to follow the guest.
+    pub(super) switching: bool,
+    /// How long it took to take pages back that had been sent.
+    pub(super) retracted: Duration,
+    /// The connection for requests, until it is served.
+    pub(super) requests: Option<Joint>,
+    pub(super) requests_transport: Option<Arc<dyn Transport>>,
+    /// What the destination lacks, once the rest follows.
+    pub(super) outflow: Option<Arc<Outflow>>,
+    pub(super) postcopy: Option<PostcopyReport>,
+    /// An operator wants an interrupted migration to go on, perhaps to another address.
+    pub(super) recover_to: Option<Option<String>>,
     /// How far vCPUs are slowed down, once they are.
     pub(super) throttle: Option<Throttle>,
     /// Why it did not converge by itself.
@@ -143,12 +156,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         inbox: mpsc::Receiver<Input>,
     ) -> Self {
         let now = Instant::now();
-        let shared = Arc::new(Shared {
-            pacer: Pacer::new(around.options.bandwidth),
-            stop: AtomicBool::new(false),
-            pages_done: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
-        });
+        let shared = Arc::new(Shared::new(around.options.bandwidth));
         Self {
             around,
             offering,
@@ -172,6 +180,13 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             known: None,
             pending: None,
             rounds: Vec::new(),
+            switching: false,
+            retracted: Duration::ZERO,
+            requests: None,
+            requests_transport: None,
+            outflow: None,
+            postcopy: None,
+            recover_to: None,
             throttle: None,
             stall: None,
             round_pages: 0,
@@ -197,7 +212,19 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             let event = self.work().unwrap_or_else(|failure| self.note(failure));
             self.handle(event);
         }
+        if self.phase == SourcePhase::HandedOver && self.postcopy.is_some() {
+            self.drain();
+        }
         self.end()
+    }
+
+    /// How it is migrated: what does not converge may end as post-copy.
+    pub(super) fn mode(&self) -> Mode {
+        let options = self.around.options;
+        match (options.mode, options.on_stall) {
+            (Mode::Precopy, OnStall::Postcopy) => Mode::Hybrid,
+            (mode, _) => mode,
+        }
     }
 
     /// What there is to do in a phase; its outcome is an event.
@@ -253,7 +280,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                         .stage()
                         .map_err(|error| (SourceEvent::Failed(Cause::Failed), error.to_string()))?;
                 }
-                if self.around.options.mode == Mode::Precopy {
+                if self.mode().is_live() {
                     vm.start_tracking().map_err(failed)?;
                 }
             }
@@ -283,7 +310,10 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                     |failure| (SourceEvent::Failed(Cause::Lost), failure.reasons.join("; ")),
                 )?;
                 self.pause.commit = self.part_of_pause();
+                self.start_push();
             }
+            // It is sent when all memory has followed.
+            SourceAction::SendDone if self.postcopy.is_some() => {}
             SourceAction::SendDone => {
                 // The destination runs the guest whether it gets this or not.
                 if let Err(failure) = self.link().and_then(|link| Ok(link.send(&Done {})?)) {
@@ -306,7 +336,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             }
             SourceAction::StopTracking => {
                 self.unthrottle();
-                if self.around.options.mode == Mode::Precopy {
+                if self.mode().is_live() {
                     if let Err(error) = vm.stop_tracking() {
                         // The next start begins anew in any case.
                         tracing::warn!(%error, "writes are still tracked");
@@ -368,6 +398,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         if let Some(bandwidth) = state.bandwidth {
             self.shared.pacer.set(bandwidth);
         }
+        self.shared.cut.store(state.switch, Ordering::Relaxed);
         if let Some(cause) = state.early.take() {
             // The inbox lives as long as the engine.
             let _ = self.sender.send(Input::GiveUp(cause));
@@ -443,8 +474,10 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         let done = self.shared.pages_done.load(Ordering::Relaxed);
         let last = self.rounds.last();
         let slowed = self.throttle.as_ref().map(Throttle::describe);
+        let missing = self.outflow.as_ref().map(|outflow| outflow.left());
         let progress = Progress {
             phase: self.phase,
+            missing_pages: missing.filter(|_| self.phase == SourcePhase::HandedOver),
             round: u32::try_from(self.rounds.len()).ok(),
             round_pages: self.round_pages,
             pages_left: self.round_pages.saturating_sub(done),
@@ -461,11 +494,18 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
     }
 
     /// Ends all connections, and with them the threads.
-    fn close_connections(&mut self) {
+    pub(super) fn close_connections(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.shared.pacer.release();
+        if let Some(outflow) = self.outflow.take() {
+            outflow.close();
+        }
         for sender in self.senders.drain(..) {
             sender.transport.shutdown();
+        }
+        let requests = self.requests.take().map(|link| link.transport);
+        for transport in requests.into_iter().chain(self.requests_transport.take()) {
+            transport.shutdown();
         }
         if let Some(link) = self.link.take() {
             link.close();
@@ -486,6 +526,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             let mut state = self.around.control.state();
             state.inbox = None;
             state.shared = None;
+            state.outflow = None;
         }
         self.tell(None);
         let reasons = std::mem::take(&mut self.reasons);
@@ -514,6 +555,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             skipped_pages: self.skipped_pages,
             cpu_source: process_cpu_time().saturating_sub(self.cpu_started),
             cpu_destination: self.cpu_destination,
+            postcopy: self.postcopy,
         }
     }
 }

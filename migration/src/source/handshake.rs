@@ -8,10 +8,11 @@ use crate::link::MainLink;
 use crate::snapshot::{write_blob, Stop};
 use crate::source::engine::{unexpected, Engine, Failure, SenderHandle};
 use crate::source::peer::{read_main, Message};
+use crate::source::postcopy::Joint;
 use crate::source::sender::Sender;
-use crate::stream::session::{Hello, Join, Joined, OfferWire, ROLE_PAGES};
+use crate::stream::session::{Hello, Join, Joined, OfferWire, ROLE_PAGES, ROLE_REQUESTS};
 use crate::stream::{encode_layout, RecordReader, RecordType, RecordWriter, StreamKind};
-use crate::transport::{Stream, Transport};
+use crate::transport::{Connector, Stream, Transport};
 
 impl Engine<'_, '_, '_> {
     /// Connects, offers, waits for the answer.
@@ -22,12 +23,12 @@ impl Engine<'_, '_, '_> {
         let address = around.connector.address();
         let entry = around.journal.begin_source(id, &self.offering.name, &address);
         self.entry = Some(entry.map_err(|error| Failure::new(Cause::Failed, error.to_string()))?);
-        let transport = self.connect()?;
-        let link = Arc::new(MainLink::open(Arc::clone(&transport))?);
+        let transport = self.connect_to(self.around.connector)?;
+        let link = Arc::new(MainLink::open(Arc::clone(&transport), StreamKind::Migration)?);
         self.link = Some(Arc::clone(&link));
         let inbox = self.sender.clone();
-        let offered = options.connections;
-        self.spawn("mig-main-in", move || read_main(id, offered, transport, &inbox))?;
+        let (offered, may_switch) = (options.connections, self.mode().may_switch());
+        self.spawn("mig-main-in", move || read_main(id, offered, may_switch, transport, &inbox))?;
         self.send_offer(&link)?;
         self.spawn("mig-alive", move || link.keep_alive(timing.alive))?;
         match self.wait_for_message(timing.accept, "answer the offer")? {
@@ -66,7 +67,7 @@ impl Engine<'_, '_, '_> {
             }
             out.send(&OfferWire {
                 name: &offering.name,
-                mode: options.mode as u16,
+                mode: self.mode() as u16,
                 connections: options.connections,
                 verify: options.verify,
                 downtime_us: crate::report::as_micros(options.downtime),
@@ -83,10 +84,8 @@ impl Engine<'_, '_, '_> {
 
     /// Joins the page connections, sends the blobs, waits until the VM is made.
     pub(super) fn prepare(&mut self) -> Result<SourceEvent, Failure> {
-        for index in 0..self.connections {
-            if let Err(failure) = self.join(index) {
-                return Err(self.explained(failure));
-            }
+        if let Err(failure) = self.join_all(self.around.connector) {
+            return Err(self.explained(failure));
         }
         let link = Arc::clone(self.link()?);
         for blob in std::mem::take(&mut self.offering.blobs) {
@@ -108,9 +107,11 @@ impl Engine<'_, '_, '_> {
         }
     }
 
-    fn connect(&self) -> Result<Arc<dyn Transport>, Failure> {
+    pub(super) fn connect_to(
+        &self,
+        connector: &dyn Connector,
+    ) -> Result<Arc<dyn Transport>, Failure> {
         let timing = &self.around.options.timing;
-        let connector = self.around.connector;
         connector
             .connect(timing.connect)
             .and_then(|transport| {
@@ -124,37 +125,62 @@ impl Engine<'_, '_, '_> {
             })
     }
 
-    fn join(&mut self, index: u16) -> Result<(), Failure> {
+    /// Makes all connections but the main one.
+    pub(super) fn join_all(&mut self, connector: &dyn Connector) -> Result<(), Failure> {
+        for index in 0..self.connections {
+            self.join_pages(connector, index)?;
+        }
+        if self.mode().may_switch() {
+            self.requests = Some(self.join(connector, StreamKind::Requests, ROLE_REQUESTS, 0)?);
+        }
+        Ok(())
+    }
+
+    fn join(
+        &self,
+        connector: &dyn Connector,
+        kind: StreamKind,
+        role: u16,
+        index: u16,
+    ) -> Result<Joint, Failure> {
         let Some(token) = &self.token else {
             return Err(Failure::new(Cause::Failed, "no token"));
         };
-        let transport = self.connect()?;
-        let mut writer = RecordWriter::new(Stream(Arc::clone(&transport)), StreamKind::Pages)?;
-        let started = Instant::now();
+        let transport = self.connect_to(connector)?;
+        let mut writer = RecordWriter::new(Stream(Arc::clone(&transport)), kind)?;
         let id = self.around.control.id().0;
-        writer.send(&Join { id, role: ROLE_PAGES, index, token: token.bytes() })?;
-        let mut answers = RecordReader::new(Stream(Arc::clone(&transport)), StreamKind::Pages)?;
+        writer.send(&Join { id, role, index, token: token.bytes() })?;
+        let mut answers = RecordReader::new(Stream(Arc::clone(&transport)), kind)?;
         let joined: Joined = answers.next_record()?.decode("JOINED")?;
         if joined.index != index {
-            return Err(Failure::new(Cause::Protocol, "another page connection was joined"));
-        }
-        let round_trip = started.elapsed();
-        if index == 0 || round_trip < self.round_trip {
-            self.round_trip = round_trip;
+            return Err(Failure::new(Cause::Protocol, "another connection was joined"));
         }
         // How long the destination takes for a round is its own affair; whether it lives shows on
         // the main connection.
         let dead = self.around.options.timing.dead;
-        transport.set_timeouts(None, Some(dead)).map_err(|error| {
-            Failure::new(Cause::Failed, format!("page connection {index}: {error}"))
-        })?;
+        transport
+            .set_timeouts(None, Some(dead))
+            .map_err(|error| Failure::new(Cause::Failed, format!("connection {index}: {error}")))?;
+        Ok(Joint { records: answers, writer, transport })
+    }
+
+    fn join_pages(&mut self, connector: &dyn Connector, index: u16) -> Result<(), Failure> {
+        let started = Instant::now();
+        let Joint { records: answers, writer, transport } =
+            self.join(connector, StreamKind::Pages, ROLE_PAGES, index)?;
+        let round_trip = started.elapsed();
+        if index == 0 || round_trip < self.round_trip {
+            self.round_trip = round_trip;
+        }
         let (passes, work) = mpsc::channel();
         let inbox = self.sender.clone();
         let shared = Arc::clone(&self.shared);
         let sender = Sender::new(self.around.vm, shared, index, self.connections, writer, answers);
         self.spawn(&format!("mig-send-{index}"), move || sender.run(&work, &inbox))?;
         self.senders.push(SenderHandle { passes, transport });
-        self.connection_bytes.push(0);
+        if self.connection_bytes.len() < self.senders.len() {
+            self.connection_bytes.push(0);
+        }
         Ok(())
     }
 }

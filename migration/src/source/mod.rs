@@ -17,6 +17,7 @@ mod pacer;
 mod passes;
 mod pause;
 mod peer;
+mod postcopy;
 mod predict;
 mod resolve;
 mod rounds;
@@ -25,6 +26,7 @@ mod sender;
 mod tests;
 mod throttle;
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -40,16 +42,20 @@ use crate::stream::{Config, Machine};
 use crate::transport::Connector;
 use crate::vm::{Mode, SourceVm};
 
+pub use postcopy::{PostcopyOptions, PostcopyReport};
 pub use predict::{Limits, OnStall};
 pub use resolve::{ask_verdict, AskError};
 
+use postcopy::outflow::Outflow;
 use sender::{PassStats, SendError, Shared};
 
 /// How to migrate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SourceOptions {
-    /// Pre-copy or cold.
+    /// Pre-copy, cold, post-copy, or both after one another.
     pub mode: Mode,
+    /// How memory follows its guest, where it does.
+    pub postcopy: PostcopyOptions,
     /// Page connections, 1 to 64.
     pub connections: u16,
     /// Whether both ends hash memory in the pause and compare.
@@ -71,6 +77,7 @@ impl Default for SourceOptions {
     fn default() -> Self {
         Self {
             mode: Mode::Precopy,
+            postcopy: PostcopyOptions::default(),
             connections: 1,
             verify: false,
             downtime: Duration::from_millis(20),
@@ -115,6 +122,15 @@ struct ControlState {
     /// Asked before the migration ran.
     early: Option<Cause>,
     bandwidth: Option<Option<u64>>,
+    push: Option<bool>,
+    /// The rest of memory is to follow the guest.
+    switch: bool,
+    /// What the destination lacks, while it does.
+    outflow: Option<Arc<Outflow>>,
+    /// Connections are lost while memory follows.
+    interrupted: bool,
+    /// How often that has happened.
+    interruptions: u64,
     downtime: Option<Duration>,
     latest: Option<Progress>,
 }
@@ -128,6 +144,11 @@ impl SourceControl {
             phase: SourcePhase::Offering,
             early: None,
             bandwidth: None,
+            push: None,
+            switch: false,
+            outflow: None,
+            interrupted: false,
+            interruptions: 0,
             downtime: None,
             latest: None,
         };
@@ -158,6 +179,41 @@ impl SourceControl {
         if let Some(shared) = &state.shared {
             shared.pacer.set(bandwidth);
         }
+    }
+
+    /// Lets the guest move now and the rest of memory follow it. Without effect in a migration that was not begun
+    /// with that possibility, or that is beyond its live rounds.
+    pub fn start_postcopy(&self) {
+        let mut state = self.state();
+        state.switch = true;
+        if let Some(shared) = &state.shared {
+            shared.cut.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether pages are sent that nobody asked for, once the guest runs at the destination.
+    pub fn set_push(&self, push: bool) {
+        let mut state = self.state();
+        state.push = Some(push);
+        if let Some(outflow) = &state.outflow {
+            outflow.set_push(push);
+        }
+    }
+
+    /// Lets a post-copy migration that lost its connections try again now, to another address of the destination if
+    /// one is given.
+    pub fn recover(&self, address: Option<String>) {
+        self.tell(Input::Recover(address));
+    }
+
+    /// Whether the guest runs at the destination, and connections for the rest of its memory are lost.
+    pub fn is_interrupted(&self) -> bool {
+        self.state().interrupted
+    }
+
+    /// How often connections for the rest of the memory were lost.
+    pub fn interruptions(&self) -> u64 {
+        self.state().interruptions
     }
 
     /// Changes how long the guest may be paused.
@@ -223,6 +279,7 @@ enum Input {
     },
     GiveUp(Cause),
     Resolved(Owner),
+    Recover(Option<String>),
     Detach,
 }
 

@@ -41,6 +41,14 @@ impl Pacer {
         self.change(|state| state.released = true);
     }
 
+    /// The cap holds again.
+    pub(crate) fn restrain(&self) {
+        self.change(|state| {
+            state.released = false;
+            state.free_at = Instant::now();
+        });
+    }
+
     /// Waits until `bytes` may be sent. Returns how long that was.
     pub(crate) fn take(&self, bytes: u64) -> Duration {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::handover::{Cause, SourcePhase};
 use crate::source::engine::{unexpected, Engine, Failure, Waited};
 use crate::source::peer::Message;
-use crate::source::sender::{Pass, PassStats, SendError};
+use crate::source::sender::{Pass, PassStats, SendError, Work};
 use crate::source::Input;
 
 /// How often progress is told while pages are sent.
@@ -26,7 +26,7 @@ impl Engine<'_, '_, '_> {
         self.shared.pages_done.store(0, Ordering::Relaxed);
         for sender in &self.senders {
             // A sender that ended has told why.
-            let _ = sender.passes.send(pass.clone());
+            let _ = sender.passes.send(Work::Pass(pass.clone()));
         }
         Ok(())
     }
@@ -42,8 +42,11 @@ impl Engine<'_, '_, '_> {
                     total.zero_pages += stats.zero_pages;
                     total.bytes += stats.bytes;
                     total.waited = total.waited.max(stats.waited);
-                    if let Some(bytes) = self.connection_bytes.get_mut(usize::from(index)) {
-                        *bytes += stats.bytes;
+                    self.count(index, &stats);
+                    match (&mut total.left, stats.left) {
+                        (Some(left), Some(more)) => left.union(&more),
+                        (left @ None, more) => *left = more,
+                        (Some(_), None) => {}
                     }
                 }
                 Waited::PassDone(index, Err(error)) => {
@@ -68,6 +71,7 @@ impl Engine<'_, '_, '_> {
                 Waited::Peer(message) => return Err(unexpected(&message)),
                 Waited::Nothing => {
                     self.check_time()?;
+                    self.cut_when_due();
                     self.tell(None);
                 }
             }
@@ -75,6 +79,13 @@ impl Engine<'_, '_, '_> {
         self.data_pages += total.data_pages;
         self.zero_pages += total.zero_pages;
         Ok(total)
+    }
+
+    /// What a connection carried.
+    pub(super) fn count(&mut self, index: u16, stats: &PassStats) {
+        if let Some(bytes) = self.connection_bytes.get_mut(usize::from(index)) {
+            *bytes += stats.bytes;
+        }
     }
 
     fn check_time(&self) -> Result<(), Failure> {
@@ -148,6 +159,7 @@ impl Engine<'_, '_, '_> {
                     return Err(Failure::new(cause, reason));
                 }
                 Input::GiveUp(_) => {}
+                Input::Recover(to) => self.recover_to = Some(to),
                 Input::Resolved(owner) => self.resolved = Some(owner),
                 Input::Detach => self.detached = true,
             }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crate::handover::{Cause, SourceEvent};
+use crate::page_set::PageSet;
 use crate::report::as_micros;
 use crate::snapshot::{check_sections, Stop};
 use crate::source::engine::{Engine, Failure};
@@ -12,7 +13,7 @@ use crate::source::sender::Pass;
 use crate::stream::session::Complete;
 use crate::stream::{encode_section, RecordType};
 use crate::verify::hash_memory;
-use crate::vm::Mode;
+use crate::vm::{Mode, VmError};
 
 impl Engine<'_, '_, '_> {
     pub(super) fn stop_and_send(&mut self) -> Result<SourceEvent, Failure> {
@@ -25,13 +26,14 @@ impl Engine<'_, '_, '_> {
         })?;
         self.pause.save = self.part_of_pause();
 
-        let pages = match self.around.options.mode {
+        let pages = match self.mode() {
             Mode::Cold => {
                 let populated = vm.populated()?;
                 self.announce(&populated)?;
                 populated
             }
-            Mode::Precopy => {
+            Mode::Postcopy => vm.populated()?,
+            Mode::Precopy | Mode::Hybrid => {
                 let mut pages = self.collect()?;
                 if let Some(pending) = self.pending.take() {
                     pages.union(&pending);
@@ -39,11 +41,17 @@ impl Engine<'_, '_, '_> {
                 pages
             }
         };
-        self.pause.pages = pages.count();
+        if !self.switching {
+            self.pause.pages = pages.count();
+        }
         self.pause.harvest = self.part_of_pause();
 
-        let number = u32::try_from(self.rounds.len()).unwrap_or(u32::MAX);
-        self.begin_pass(&Pass { number, pages: Arc::new(pages), live: false, last: true })?;
+        if self.switching {
+            self.switch(whole_units(pages, vm.unit_pages())?)?;
+        } else {
+            let number = u32::try_from(self.rounds.len()).unwrap_or(u32::MAX);
+            self.begin_pass(&Pass { number, pages: Arc::new(pages), live: false, last: true })?;
+        }
         // Meanwhile on the main connection.
         let hashes = match self.around.options.verify {
             true => Some(hash_memory(vm)?),
@@ -79,4 +87,18 @@ impl Engine<'_, '_, '_> {
             }
         }
     }
+}
+
+/// The same pages and all others that can only be missing together with them.
+fn whole_units(pages: PageSet, unit: u64) -> Result<PageSet, VmError> {
+    if unit == 1 {
+        return Ok(pages);
+    }
+    let mut whole = PageSet::empty(pages.layout());
+    for piece in pages.layout().regions().flat_map(|region| region.chunks(unit)) {
+        if pages.intersects(piece) {
+            whole.insert(piece)?;
+        }
+    }
+    Ok(whole)
 }

@@ -18,6 +18,8 @@ pub enum OnStall {
     Cancel,
     /// Slow the vCPUs that write down until it converges; where that is not enough, as [`OnStall::Stop`].
     Throttle,
+    /// Let the guest move at once, and the rest of its memory follow it.
+    Postcopy,
 }
 
 /// The classic limits of pre-copy.

@@ -24,8 +24,10 @@ const SHORT_FLUSH: Duration = Duration::from_millis(1);
 impl Engine<'_, '_, '_> {
     /// Rounds until the rest is small enough.
     pub(super) fn copy(&mut self) -> Result<SourceEvent, Failure> {
-        if self.around.options.mode == Mode::Cold {
+        let mode = self.mode();
+        if !mode.is_live() {
             self.around.vm.flush_disks()?;
+            self.switching = mode == Mode::Postcopy;
             return Ok(SourceEvent::Converged);
         }
         let fixed = self.fixed_cost();
@@ -42,7 +44,10 @@ impl Engine<'_, '_, '_> {
             let pass = Pass { number, pages: Arc::new(pages), live: true, last: false };
             let stats = self.pass(&pass)?;
             let busy = started.elapsed().saturating_sub(stats.waited);
-            let dirty = self.collect()?;
+            let mut dirty = self.collect()?;
+            if let Some(left) = &stats.left {
+                dirty.union(left);
+            }
             let duration = started.elapsed();
             predictor.sample(stats.bytes, busy);
             let remaining = dirty.count();
@@ -74,20 +79,43 @@ impl Engine<'_, '_, '_> {
             self.rounds.push(round);
             self.tell(None);
             pages = dirty;
-            if next == Next::Round {
+            if next != Next::Pause && self.is_to_switch() {
+                self.retract(&pages)?;
+                self.switching = true;
+            } else if next == Next::Round {
                 continue;
             }
             if !flushed {
                 flushed = true;
                 let started = Instant::now();
                 self.around.vm.flush_disks()?;
-                if started.elapsed() > SHORT_FLUSH && next == Next::Pause {
+                if started.elapsed() > SHORT_FLUSH && next == Next::Pause && !self.switching {
                     continue;
                 }
             }
             self.pending = Some(pages);
             self.predictor = Some(predictor);
             return Ok(SourceEvent::Converged);
+        }
+    }
+
+    /// Whether the guest is to move now, and the rest of its memory to follow it.
+    fn is_to_switch(&self) -> bool {
+        if self.mode() != Mode::Hybrid {
+            return false;
+        }
+        let rounds = self.around.options.postcopy.rounds;
+        let enough = rounds.is_some_and(|rounds| self.rounds.len() as u64 >= u64::from(rounds));
+        let asked = self.around.options.mode == Mode::Hybrid && enough;
+        asked || self.shared.cut.load(Ordering::Relaxed)
+    }
+
+    /// Cuts the round short when its time is over.
+    pub(super) fn cut_when_due(&self) {
+        let after = self.around.options.postcopy.after;
+        if self.mode() == Mode::Hybrid && after.is_some_and(|after| self.started.elapsed() >= after)
+        {
+            self.shared.cut.store(true, Ordering::Relaxed);
         }
     }
 
@@ -119,7 +147,13 @@ impl Engine<'_, '_, '_> {
                 Ok(if slower || shrinks { Next::Round } else { next })
             }
             _ if next == Next::Round => Ok(next),
-            OnStall::Stop => {
+            // What is left then follows the guest.
+            _ if self.mode() == Mode::Hybrid => {
+                self.stall = Some(why(round, sent));
+                self.shared.cut.store(true, Ordering::Relaxed);
+                Ok(next)
+            }
+            OnStall::Stop | OnStall::Postcopy => {
                 self.stall = Some(why(round, sent));
                 Ok(next)
             }

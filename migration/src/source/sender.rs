@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::address::{Gfn, PageRange, PAGE_BYTES, PAGE_SIZE};
-use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::source::pacer::Pacer;
+use crate::source::postcopy::frozen::Frozen;
+use crate::source::postcopy::outflow::Outflow;
 use crate::source::Input;
 use crate::stream::session::{Echo, Round, Sync};
 use crate::stream::{
@@ -32,10 +33,24 @@ pub(crate) struct Shared {
     pub(crate) pacer: Pacer,
     /// The pass is given up.
     pub(crate) stop: AtomicBool,
+    /// The live pass is cut short: the rest follows the guest.
+    pub(crate) cut: AtomicBool,
     /// Pages of the current pass that are done.
     pub(crate) pages_done: AtomicU64,
     /// Bytes on all page connections.
     pub(crate) bytes: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn new(bytes_per_second: Option<u64>) -> Self {
+        Self {
+            pacer: Pacer::new(bytes_per_second),
+            stop: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
+            pages_done: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+        }
+    }
 }
 
 /// What all senders do next, each its share.
@@ -50,13 +65,23 @@ pub(crate) struct Pass {
 }
 
 /// What one sender did in a pass.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct PassStats {
     pub(crate) data_pages: u64,
     pub(crate) zero_pages: u64,
     pub(crate) bytes: u64,
     /// Time that it waited for the bandwidth cap.
     pub(crate) waited: Duration,
+    /// Pages that it did not come to, because the pass was cut short.
+    pub(crate) left: Option<PageSet>,
+}
+
+/// What a sender is to do next.
+#[derive(Debug)]
+pub(crate) enum Work {
+    Pass(Pass),
+    /// Push what is missing.
+    Push(Arc<Outflow>),
 }
 
 /// Why a sender gave up.
@@ -123,9 +148,12 @@ impl<'a> Sender<'a> {
     }
 
     /// Does passes until there are no more.
-    pub(crate) fn run(mut self, passes: &mpsc::Receiver<Pass>, inbox: &mpsc::Sender<Input>) {
-        while let Ok(pass) = passes.recv() {
-            let result = self.pass(&pass);
+    pub(crate) fn run(mut self, work: &mpsc::Receiver<Work>, inbox: &mpsc::Sender<Input>) {
+        while let Ok(work) = work.recv() {
+            let result = match work {
+                Work::Pass(pass) => self.pass(&pass),
+                Work::Push(outflow) => self.push(&outflow),
+            };
             let failed = result.is_err();
             if inbox.send(Input::PassDone { index: self.index, result }).is_err() || failed {
                 return;
@@ -137,7 +165,7 @@ impl<'a> Sender<'a> {
         self.stats = PassStats::default();
         let before = self.writer.bytes();
         self.writer.send(&Round { number: pass.number })?;
-        let layout: &MemoryLayout = pass.pages.layout();
+        let layout = pass.pages.layout();
         let mut words = Vec::new();
         let chunks = layout.regions().flat_map(|region| region.chunks(CHUNK_PAGES));
         for (ordinal, chunk) in chunks.enumerate() {
@@ -150,6 +178,12 @@ impl<'a> Sender<'a> {
             }
             if self.shared.stop.load(Ordering::Relaxed) {
                 return Err(SendError::Stopped);
+            }
+            if pass.live && self.shared.cut.load(Ordering::Relaxed) {
+                let left = self.stats.left.get_or_insert_with(|| PageSet::empty(layout));
+                left.insert_bitmap(chunk.start(), &words)
+                    .map_err(|error| self.vm_error(VmError::from(error)))?;
+                continue;
             }
             if pass.live {
                 self.vm.clear_pages(chunk, &words).map_err(|e| self.vm_error(e))?;
@@ -167,7 +201,24 @@ impl<'a> Sender<'a> {
             self.writer.send(&Sync { pages: self.total_pages })?;
         }
         self.stats.bytes = self.writer.bytes() - before;
-        Ok(self.stats)
+        Ok(std::mem::take(&mut self.stats))
+    }
+
+    /// Pushes what the destination lacks until nothing is left, with the guest running there.
+    fn push(&mut self, outflow: &Outflow) -> Result<PassStats, SendError> {
+        self.stats = PassStats::default();
+        let before = self.writer.bytes();
+        let mut frozen = Frozen::default();
+        while let Some(runs) = outflow.next() {
+            let pages: u64 = runs.iter().map(|run| run.pages()).sum();
+            self.wait(pages * PAGE_SIZE)?;
+            let before = self.writer.bytes();
+            frozen.send(&mut self.writer, self.vm, &runs)?;
+            self.sent(before);
+            outflow.pushed(pages);
+        }
+        self.stats.bytes = self.writer.bytes() - before;
+        Ok(std::mem::take(&mut self.stats))
     }
 
     /// Waits until all that was sent is in the destination's memory. Megabytes of it may be in the

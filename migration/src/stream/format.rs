@@ -3,7 +3,7 @@
 use crc32c::{crc32c, crc32c_append};
 
 use crate::stream::error::Problem;
-use crate::stream::pages::{MAX_PAGES_BYTES, MAX_RUNS_BYTES};
+use crate::stream::pages::{MAX_PAGES_BYTES, MAX_REQUEST_BYTES, MAX_RUNS_BYTES};
 
 /// Version of the protocol: preamble, headers, and the meaning and order of records.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -37,12 +37,16 @@ pub enum StreamKind {
     Pages = b'P',
     /// A question for a verdict.
     Query = b'Q',
+    /// A migration's connection for requests of single pages, in post-copy.
+    Requests = b'R',
+    /// A main connection that goes on with a post-copy migration.
+    Continue = b'C',
 }
 
 impl StreamKind {
     /// The kind of this byte, if it is known.
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Snapshot, Self::Migration, Self::Pages, Self::Query]
+        [Self::Snapshot, Self::Migration, Self::Pages, Self::Query, Self::Requests, Self::Continue]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }
@@ -115,6 +119,10 @@ pub enum RecordType {
     Join = 0x000a,
     /// The answer to it.
     Joined = 0x000b,
+    /// Asks to go on with a post-copy migration.
+    Recover = 0x000c,
+    /// The answer to it.
+    Recovered = 0x000d,
     /// Pages with contents.
     Pages = 0x0010,
     /// Pages that hold only zeros.
@@ -131,10 +139,16 @@ pub enum RecordType {
     Echo = 0x0017,
     /// Hashes of memory.
     Hash = 0x0016,
+    /// Pages that a guest waits for.
+    Request = 0x0018,
+    /// Pages that the destination is to have only later.
+    Missing = 0x0019,
     /// The state of one part of the machine.
     State = 0x0020,
     /// No state follows.
     Complete = 0x0021,
+    /// The rest of memory comes by post-copy.
+    Switch = 0x0022,
     /// Everything is loaded; the source may commit.
     Loaded = 0x0030,
     /// The commit point.
@@ -151,12 +165,14 @@ pub enum RecordType {
     Query = 0x0036,
     /// The answer to it.
     Verdict = 0x0037,
+    /// All pages are there.
+    Drained = 0x0038,
     /// Totals; nothing follows.
     End = 0x00ff,
 }
 
 impl RecordType {
-    const ALL: [RecordType; 30] = [
+    const ALL: [RecordType; 36] = [
         RecordType::Machine,
         RecordType::Config,
         RecordType::Blob,
@@ -168,6 +184,8 @@ impl RecordType {
         RecordType::Ready,
         RecordType::Join,
         RecordType::Joined,
+        RecordType::Recover,
+        RecordType::Recovered,
         RecordType::Pages,
         RecordType::Zero,
         RecordType::Absent,
@@ -176,8 +194,11 @@ impl RecordType {
         RecordType::Sync,
         RecordType::Echo,
         RecordType::Hash,
+        RecordType::Request,
+        RecordType::Missing,
         RecordType::State,
         RecordType::Complete,
+        RecordType::Switch,
         RecordType::Loaded,
         RecordType::Commit,
         RecordType::Resumed,
@@ -186,6 +207,7 @@ impl RecordType {
         RecordType::Alive,
         RecordType::Query,
         RecordType::Verdict,
+        RecordType::Drained,
         RecordType::End,
     ];
 
@@ -201,7 +223,11 @@ impl RecordType {
             RecordType::Blob => (1 << 20) + 24,
             RecordType::Layout => 4 << 10,
             RecordType::Pages => MAX_PAGES_BYTES,
-            RecordType::Zero | RecordType::Absent | RecordType::Announce => MAX_RUNS_BYTES,
+            RecordType::Zero | RecordType::Absent | RecordType::Announce | RecordType::Missing => {
+                MAX_RUNS_BYTES
+            }
+            RecordType::Request => MAX_REQUEST_BYTES,
+            RecordType::Drained => 16 << 10,
             RecordType::State => (16 << 20) + (4 << 10),
             RecordType::Hello => 1 << 10,
             RecordType::Offer => (1 << 20) + (4 << 10),
@@ -213,10 +239,13 @@ impl RecordType {
             | RecordType::Ready
             | RecordType::Join
             | RecordType::Joined
+            | RecordType::Recover
+            | RecordType::Recovered
             | RecordType::Round
             | RecordType::Sync
             | RecordType::Echo
             | RecordType::Complete
+            | RecordType::Switch
             | RecordType::Loaded
             | RecordType::Commit
             | RecordType::Resumed

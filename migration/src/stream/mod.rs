@@ -32,7 +32,7 @@ mod control;
 mod error;
 mod format;
 mod live;
-mod pages;
+pub(crate) mod pages;
 mod reader;
 pub(crate) mod session;
 mod writer;

@@ -10,6 +10,9 @@ pub const MAX_PAGES_PER_RECORD: u64 = 256;
 /// Most runs in one ZERO or ABSENT record.
 pub const MAX_RUNS: usize = 65536;
 
+/// Most runs in one REQUEST record.
+pub const MAX_REQUEST_RUNS: usize = 64;
+
 /// Count and reserved field before the runs, bytes.
 pub(crate) const TABLE_HEAD_BYTES: usize = 8;
 /// One run, bytes.
@@ -19,6 +22,7 @@ pub(crate) const MAX_PAGES_BYTES: u64 = TABLE_HEAD_BYTES as u64
     + MAX_PAGES_PER_RECORD * RUN_BYTES as u64
     + MAX_PAGES_PER_RECORD * PAGE_SIZE;
 pub(crate) const MAX_RUNS_BYTES: u64 = (TABLE_HEAD_BYTES + MAX_RUNS * RUN_BYTES) as u64;
+pub(crate) const MAX_REQUEST_BYTES: u64 = (TABLE_HEAD_BYTES + MAX_REQUEST_RUNS * RUN_BYTES) as u64;
 
 /// Writes the table of runs into `table`, whose old contents are lost. No run may have more than
 /// `u32::MAX` pages; a longer one is split.
@@ -45,6 +49,7 @@ pub(crate) fn decode_count(
 ) -> Result<usize, Problem> {
     let limit = match record_type {
         RecordType::Pages => MAX_PAGES_PER_RECORD as usize,
+        RecordType::Request => MAX_REQUEST_RUNS,
         _ => MAX_RUNS,
     };
     let count = u32_at(head, 0) as usize;

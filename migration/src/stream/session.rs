@@ -74,6 +74,14 @@ payloads! {
     Joined = Joined {
         index: u16,
     }
+    Recover = Recover {
+        token: [u8; 16],
+        connections: u16,
+    }
+    Recovered = Recovered {
+        pages: u64,
+        connections: u16,
+    }
     Round = Round {
         number: u32,
     }
@@ -86,6 +94,10 @@ payloads! {
     Complete = Complete {
         sections: u32,
         paused_us: u64,
+    }
+    Switch = Switch {
+        pages: u64,
+        unit: u32,
     }
     Loaded = Loaded {
         load_us: u64,
@@ -100,6 +112,20 @@ payloads! {
         cpu_us: u64,
     }
     Done = Done {}
+    Drained<'a> = Drained {
+        demand_pages: u64,
+        prepaged_pages: u64,
+        pushed_pages: u64,
+        zero_pages: u64,
+        local_pages: u64,
+        duplicate_pages: u64,
+        requests: u64,
+        drain_us: u64,
+        cpu_us: u64,
+        latency: Vec<u64>,
+        #[serde(borrow)]
+        blocked: Vec<(&'a str, u64)>,
+    }
     Abort<'a> = Abort {
         reason: u16,
         text: &'a str,
@@ -118,6 +144,8 @@ payloads! {
 
 /// Role of a connection for pages in JOIN.
 pub(crate) const ROLE_PAGES: u16 = 1;
+/// Role of the connection for requests.
+pub(crate) const ROLE_REQUESTS: u16 = 2;
 /// Most page connections.
 pub(crate) const MAX_CONNECTIONS: u16 = 64;
 /// Most reasons in REFUSE, and the longest, bytes.

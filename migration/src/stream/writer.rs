@@ -46,6 +46,12 @@ impl<W: Write> RecordWriter<W> {
         Ok(Self { inner, sequence: 0, bytes, digest: Digest::new(&preamble) })
     }
 
+    /// The same stream over something that wraps `W`.
+    pub(crate) fn map<V>(self, wrap: impl FnOnce(W) -> V) -> RecordWriter<V> {
+        let Self { inner, sequence, bytes, digest } = self;
+        RecordWriter { inner: wrap(inner), sequence, bytes, digest }
+    }
+
     /// Bytes written so far.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -1,5 +1,5 @@
-//! `make demo`: a guest under load moves, running, from one process to another, verified by both
-//! ends and by itself.
+//! `make demo`: a guest under load moves, running, from one process to another by pre-copy, verified by both
+//! ends, and to a third one by post-copy; and verifies itself.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -50,16 +50,24 @@ fn demo() -> Result<()> {
     say("3. its first process has ended; it goes on in the second one");
     let after = second.show_reports(4)?;
 
-    say("4. the guest verifies every page it ever wrote");
-    second.type_line("verify")?;
-    let pass = second.event("verified")?;
-    second.type_line("report")?;
-    let last = second.event("report")?;
-    second.type_line("poweroff")?;
+    say("4. and on to a third one by post-copy: the guest goes first, its memory follows it");
+    let mut third = Vm::start(&minivmm, &folder.0, &receive)?;
+    let to = third.listens_at()?;
+    let postcopy = ["migrate", NAME, "--to", &to, "--mode", "postcopy", "--json"];
+    show_postcopy(&cli(&minivmm, &folder.0, &postcopy)?);
     second.wait_for_end()?;
+    third.show_reports(4)?;
+
+    say("5. the guest verifies every page it ever wrote");
+    third.type_line("verify")?;
+    let pass = third.event("verified")?;
+    third.type_line("report")?;
+    let last = third.event("report")?;
+    third.type_line("poweroff")?;
+    third.wait_for_end()?;
     println!("   {} pages verified, {} wrong", pass["pages"], pass["errors"]);
     println!(
-        "   the pause that it saw: {:.1} ms; its longest other gap: {:.1} ms; clocks fell back {} times",
+        "   the longest pause that it saw: {:.1} ms; its longest other gap: {:.1} ms; clocks fell back {} times",
         micros(&last, "switch_max_us") / 1e3,
         micros(&last, "gap_max_us") / 1e3,
         count(&last, "tsc_back") + count(&last, "clock_back"),
@@ -70,13 +78,32 @@ fn demo() -> Result<()> {
             .map(|k| count(&last, k))
             .iter()
             .sum::<u64>();
-    let went_on =
-        count(&last, "writes") > count(&before, "writes") && count(&after, "switches") == 1;
+    let went_on = count(&last, "writes") > count(&before, "writes")
+        && count(&after, "switches") == 1
+        && count(&last, "switches") == 2;
     if wrong == 0 && went_on {
         println!("\nThe guest went on where it was, and nothing differs.");
         return Ok(());
     }
     Err(format!("the guest found {wrong} errors; went on: {went_on}; last report: {last}").into())
+}
+
+fn show_postcopy(report: &Value) {
+    let there = &report["postcopy"]["destination"];
+    println!(
+        "   paused {:.1} ms; then {} pages followed in {:.1} ms: {} asked for, {} with those, {} pushed",
+        micros(&report["pause"], "total_us") / 1e3,
+        report["postcopy"]["missing_pages"],
+        micros(there, "drain_us") / 1e3,
+        there["demand_pages"],
+        there["prepaged_pages"],
+        there["pushed_pages"],
+    );
+    println!(
+        "   {} page faults over the network, half of them within {:.0} us",
+        there["requests"],
+        micros(&there["latency"], "p50_ns") / 1e3,
+    );
 }
 
 fn show_migration(report: &Value) {

@@ -168,7 +168,8 @@ impl Pump {
         self.part = Part::Header;
         let mut state = self.shared.lock();
         match (self.way, kind) {
-            (Way::Forth, Some(b'M')) => self.connection.is_for(On::Main),
+            (Way::Forth, Some(b'M' | b'C')) => self.connection.is_for(On::Main),
+            (Way::Forth, Some(b'R')) => self.connection.is_for(On::Requests),
             (Way::Forth, Some(b'Q')) => self.connection.is_for(On::Query),
             (Way::Forth, Some(b'P')) => {
                 self.connection.is_for(On::Page(state.pages));

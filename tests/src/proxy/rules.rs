@@ -17,6 +17,8 @@ pub enum On {
     Page(u16),
     /// All page connections.
     Pages,
+    /// The one for requests of single pages, in post-copy.
+    Requests,
     /// Those that ask for a verdict.
     Query,
     /// All of them.

@@ -25,8 +25,8 @@ use super::{
 };
 use crate::config::VmConfig;
 use crate::control::{
-    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, SaveReport, VmInfo,
-    VmStats,
+    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, RecoverRequest,
+    SaveReport, VmInfo, VmStats,
 };
 use crate::events::{Event, EventLog};
 
@@ -48,6 +48,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("PUT", "/v1/vm/migrate"),
     ("GET", "/v1/vm/migration"),
     ("PUT", "/v1/vm/migrate-set"),
+    ("PUT", "/v1/vm/migrate-start-postcopy"),
+    ("PUT", "/v1/vm/migrate-recover"),
     ("PUT", "/v1/vm/migrate-cancel"),
 ];
 
@@ -81,6 +83,8 @@ pub(super) fn router(shared: Shared) -> Router {
         .route("/v1/vm/migrate", put(migrate))
         .route("/v1/vm/migration", get(migration))
         .route("/v1/vm/migrate-set", put(migrate_set))
+        .route("/v1/vm/migrate-start-postcopy", put(migrate_start_postcopy))
+        .route("/v1/vm/migrate-recover", put(migrate_recover))
         .route("/v1/vm/migrate-cancel", put(migrate_cancel))
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
@@ -163,6 +167,15 @@ async fn migration(State(shared): State<Shared>) -> Reply<MigrationInfo> {
 async fn migrate_set(State(shared): State<Shared>, request: Request) -> Reply<StatusReply> {
     let settings: MigrateSettings = read_json(request, &shared.limits).await?;
     command(&shared, move |control| control.set_migration(&settings)).await
+}
+
+async fn migrate_start_postcopy(State(shared): State<Shared>) -> Reply<StatusReply> {
+    command(&shared, |control| control.start_postcopy()).await
+}
+
+async fn migrate_recover(State(shared): State<Shared>, request: Request) -> Reply<StatusReply> {
+    let request: RecoverRequest = read_json(request, &shared.limits).await?;
+    command(&shared, move |control| control.recover_migration(&request)).await
 }
 
 async fn migrate_cancel(State(shared): State<Shared>) -> Reply<StatusReply> {

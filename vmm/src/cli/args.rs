@@ -91,6 +91,8 @@ pub(super) enum Command {
     Migration(MigrationArgs),
     /// Change a migration that is under way
     MigrateSet(MigrateSetArgs),
+    /// Let the guest of a migration move now, and the rest of its memory follow it
+    MigrateStartPostcopy(Named),
     /// Give up a migration that is under way; the VM goes on where it is
     Cancel(Named),
     /// Decide who owns a VM when the other host of a migration is gone for good

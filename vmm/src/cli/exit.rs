@@ -31,6 +31,8 @@ pub enum Exit {
     TimedOut = 6,
     /// It is not known which host owns the VM.
     Unresolved = 7,
+    /// The VM was handed over, and a part of its memory never followed.
+    Incomplete = 8,
 }
 
 impl From<Exit> for ExitCode {

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use migration::prepaging::Prepaging;
 use migration::source::OnStall;
 
 use super::args::{parse_vm, Output, ProcessArgs};
 use crate::config::{parse_name, parse_size, ConfigError, ReceiveSettings, Replacement};
-use crate::control::{MigrateRequest, MigrationMode};
+use crate::control::{MigrateRequest, MigrationMode, RecoverRequest};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -64,23 +65,47 @@ Copies memory while the guest runs, round by round, until the rest is small enou
 downtime; then the guest is paused, the rest and its state are sent, and it goes on at the
 destination. Until then every failure leaves it running here.
 
+With post-copy the guest goes on at the destination first, and its memory follows: at once (--mode postcopy), after
+some rounds (--mode hybrid), when it does not converge (--on-stall postcopy), or when told to
+(`minivmm migrate-start-postcopy`, with one of the last two). If connections are lost then, the guest runs on with the
+memory that it has, and this end tries again and again (see --recover). The destination needs userfaultfd.
+
 Exit codes: 0 the VM runs at the destination; 1 it runs here as before; 7 it is not known who owns it
-(see `minivmm resolve --help`).
+(see `minivmm resolve --help`); 8 it runs at the destination, and a part of its memory never followed.
 
 Examples:
   minivmm migrate web --to 10.0.0.2:4444
   minivmm migrate web --to host2:4444 --downtime 5ms --connections 4 --bandwidth 500M
-  minivmm migrate web --to host2:4444 --mode cold --verify --json")]
+  minivmm migrate web --to host2:4444 --mode cold --verify --json
+  minivmm migrate web --to host2:4444 --mode hybrid --switch-after 10s
+  minivmm migrate web --recover --to 10.0.1.2:4444")]
 pub(super) struct MigrateArgs {
     /// Name of the VM
     #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     /// Where `minivmm receive` listens
-    #[arg(long, value_name = "HOST:PORT")]
-    to: String,
-    /// How: memory is copied while the guest runs, or when it was paused
+    #[arg(long, value_name = "HOST:PORT", required_unless_present = "recover")]
+    to: Option<String>,
+    /// How: memory is copied while the guest runs, or when it was paused, or follows the guest, or some of it is copied and
+    /// the rest follows
     #[arg(long, value_enum, default_value_t)]
     mode: MigrationMode,
+    /// Let a post-copy migration that lost its connections try again now, with --to at another address
+    #[arg(long, conflicts_with_all = ["mode", "rounds", "switch_after", "push", "prepaging", "on_stall"])]
+    pub(super) recover: bool,
+    /// Hybrid: rounds before the guest moves [default: 1, without --switch-after]
+    #[arg(long, value_name = "N")]
+    rounds: Option<u32>,
+    /// Hybrid: after this time the guest moves, in the middle of a round too
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    switch_after: Option<Duration>,
+    /// Post-copy: send pages that the guest did not ask for; without it, a migration lasts until the guest has
+    /// touched all of its memory, or `migrate-set --push on` [default: on]
+    #[arg(long, value_enum)]
+    push: Option<Switch>,
+    /// Post-copy: in which order pages go, and what goes with one that was asked for [default: bubble]
+    #[arg(long, value_enum)]
+    prepaging: Option<PrepagingChoice>,
     /// How long the guest may stand still: 20ms, 1s [default: 20ms]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     downtime: Option<Duration>,
@@ -90,8 +115,8 @@ pub(super) struct MigrateArgs {
     /// Take the other end for dead after so long a silence, 100ms to 60s [default: 5s]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     dead_after: Option<Duration>,
-    /// What to do when it does not converge: stop the guest for as long as it takes, cancel, or slow down
-    /// the vCPUs that write until it does [default: stop]
+    /// What to do when it does not converge: stop the guest for as long as it takes, cancel, slow down
+    /// the vCPUs that write until it does, or let memory follow the guest [default: stop]
     #[arg(long, value_enum)]
     on_stall: Option<StallAction>,
     /// Connections for memory, 1 to 64 [default: 1]
@@ -128,12 +153,38 @@ enum StallAction {
     Cancel,
     /// Slow down the vCPUs that write
     Throttle,
+    /// Let the rest of memory follow the guest
+    Postcopy,
+}
+
+/// See [`Prepaging`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PrepagingChoice {
+    /// Ascending, whatever is asked for
+    Off,
+    /// On from the page that was asked for last
+    Linear,
+    /// Windows that grow around the pages that were asked for, and ahead of walks through memory
+    Bubble,
+}
+
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Switch {
+    /// Yes
+    On,
+    /// No
+    Off,
 }
 
 impl MigrateArgs {
+    pub(super) fn recover_request(&self) -> RecoverRequest {
+        RecoverRequest { to: self.to.clone() }
+    }
+
     pub(super) fn request(&self) -> MigrateRequest {
         MigrateRequest {
-            to: self.to.clone(),
+            to: self.to.clone().unwrap_or_default(),
             mode: self.mode,
             downtime_us: self.downtime.map(micros),
             timeout_ms: self.timeout.map(|time| micros(time).div_ceil(1000)),
@@ -142,6 +193,15 @@ impl MigrateArgs {
                 StallAction::Stop => OnStall::Stop,
                 StallAction::Cancel => OnStall::Cancel,
                 StallAction::Throttle => OnStall::Throttle,
+                StallAction::Postcopy => OnStall::Postcopy,
+            }),
+            rounds: self.rounds,
+            switch_after_ms: self.switch_after.map(|time| micros(time).div_ceil(1000)),
+            push: self.push.map(|push| push == Switch::On),
+            prepaging: self.prepaging.map(|prepaging| match prepaging {
+                PrepagingChoice::Off => Prepaging::Off,
+                PrepagingChoice::Linear => Prepaging::Linear,
+                PrepagingChoice::Bubble => Prepaging::Bubble,
             }),
             connections: self.connections,
             bandwidth: self.bandwidth,
@@ -179,8 +239,11 @@ pub(super) struct MigrateSetArgs {
     #[arg(value_parser = parse_vm)]
     pub(super) name: String,
     /// Bytes per second while the guest runs; 0 is no limit
-    #[arg(long, value_name = "RATE", value_parser = parse_size, required_unless_present = "downtime")]
+    #[arg(long, value_name = "RATE", value_parser = parse_size, required_unless_present_any = ["downtime", "push"])]
     pub(super) bandwidth: Option<u64>,
+    /// Post-copy: whether pages are sent that the guest did not ask for
+    #[arg(long, value_enum)]
+    pub(super) push: Option<Switch>,
     /// How long the guest may stand still
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(super) downtime: Option<Duration>,

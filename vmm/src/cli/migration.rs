@@ -9,7 +9,7 @@ use migration::handover::Owner;
 use serde_json::{json, Value};
 
 use super::migrate_args::{
-    micros, MigrateArgs, MigrateSetArgs, MigrationArgs, OwnerChoice, ResolveArgs,
+    micros, MigrateArgs, MigrateSetArgs, MigrationArgs, OwnerChoice, ResolveArgs, Switch,
 };
 use super::output::{table, timestamp};
 use super::vm_commands::{client, print_json, print_status, Done};
@@ -24,6 +24,12 @@ const BAR: Duration = Duration::from_millis(200);
 const LINES: Duration = Duration::from_secs(1);
 
 pub(super) fn migrate(args: &MigrateArgs) -> Done {
+    if args.recover {
+        let status =
+            client(&args.name)?.command_with("migrate-recover", &args.recover_request())?;
+        print_status(&args.name, status, &args.output)?;
+        return Ok(Exit::Ok);
+    }
     let asking = client(&args.name)?;
     let watching = client(&args.name)?;
     let request = args.request();
@@ -72,6 +78,7 @@ pub(super) fn migrate(args: &MigrateArgs) -> Done {
     }
     out.flush()?;
     Ok(match report["verdict"].as_str() {
+        Some("handed-over") if !report["postcopy"]["incomplete"].is_null() => Exit::Incomplete,
         Some("handed-over") | None => Exit::Ok,
         Some("unresolved") => Exit::Unresolved,
         Some(_) => Exit::Failed,
@@ -121,6 +128,12 @@ fn progress_text(info: &MigrationInfo) -> Option<String> {
         round => format!(" round {round}"),
     };
     let note = progress["note"].as_str().map_or_else(String::new, |note| format!("; {note}"));
+    if let Some(missing) = progress["missing_pages"].as_u64() {
+        return Some(format!(
+            "the guest runs there; {missing} pages are still here, {}/s{note}",
+            bytes(&json!(rate))
+        ));
+    }
     Some(format!(
         "{phase}{round} [{bar}] {left} pages left, {}/s, dirty {:.0} pages/s{pause}, {seconds_left:.1} s left of the round{note}",
         bytes(&json!(rate)),
@@ -197,6 +210,34 @@ fn report_text(name: &str, report: &Value) -> String {
             number(&report["cpu_destination_us"]) / 1e6,
         );
     }
+    lines + &postcopy_text(&report["postcopy"])
+}
+
+/// How memory followed its guest; nothing if it did not.
+fn postcopy_text(postcopy: &Value) -> String {
+    if postcopy.is_null() {
+        return String::new();
+    }
+    let there = &postcopy["destination"];
+    let latency = &there["latency"];
+    let us = |value: &Value| format!("{:.0} us", number(value) / 1e3);
+    let mut lines = format!(
+        "  then {} pages followed in {}: {} asked for, {} with those, {} pushed; {} made there\n\
+         \x20 page faults over the network: {}, half of them within {}, 99 % within {}; connections lost: {}\n",
+        postcopy["missing_pages"],
+        ms(&there["drain_us"]),
+        there["demand_pages"],
+        there["prepaged_pages"],
+        there["pushed_pages"],
+        there["local_pages"],
+        there["requests"],
+        us(&latency["p50_ns"]),
+        us(&latency["p99_ns"]),
+        postcopy["interruptions"],
+    );
+    if let Some(why) = postcopy["incomplete"].as_str() {
+        lines = format!("  a part of its memory did not follow: {why}\n");
+    }
     lines
 }
 
@@ -216,7 +257,17 @@ pub(super) fn migration(args: &MigrationArgs) -> Done {
     }
     if !current.is_null() {
         let info = MigrationInfo { current, last: Value::Null };
-        let progress = progress_text(&info).unwrap_or_else(|| text(&info.current["phase"]));
+        let missing = info.current["missing_pages"].as_u64();
+        let phase = match missing {
+            None => text(&info.current["phase"]),
+            Some(pages) => {
+                let note = info.current["note"]
+                    .as_str()
+                    .map_or_else(String::new, |n| format!("; postcopy-paused: {n}"));
+                format!("the guest runs here; {pages} pages are still there{note}")
+            }
+        };
+        let progress = progress_text(&info).unwrap_or(phase);
         let (direction, peer) = (text(&info.current["direction"]), text(&info.current["peer"]));
         writeln!(out, "{direction}, {peer}: {progress}")?;
     }
@@ -277,8 +328,11 @@ fn entries_json(entries: &[migration::journal::Entry]) -> Result<Vec<Value>, Cli
 }
 
 pub(super) fn set(args: &MigrateSetArgs) -> Done {
-    let settings =
-        MigrateSettings { bandwidth: args.bandwidth, downtime_us: args.downtime.map(micros) };
+    let settings = MigrateSettings {
+        bandwidth: args.bandwidth,
+        downtime_us: args.downtime.map(micros),
+        push: args.push.map(|push| push == Switch::On),
+    };
     let status = client(&args.name)?.command_with("migrate-set", &settings)?;
     if args.output.json {
         print_status(&args.name, status, &args.output)?;
@@ -290,8 +344,15 @@ pub(super) fn set(args: &MigrateSetArgs) -> Done {
         rate => format!("{}/s", format_size(rate)),
     });
     let downtime = args.downtime.map(|time| format!("downtime {time:?}"));
-    let what: Vec<String> = bandwidth.into_iter().chain(downtime).collect();
+    let push = settings.push.map(|push| format!("push {}", if push { "on" } else { "off" }));
+    let what: Vec<String> = bandwidth.into_iter().chain(downtime).chain(push).collect();
     writeln!(out, "{}: {}", args.name, what.join(", "))?;
+    Ok(Exit::Ok)
+}
+
+pub(super) fn start_postcopy(name: &str, output: &super::args::Output) -> Done {
+    let status = client(name)?.command("migrate-start-postcopy")?;
+    print_status(name, status, output)?;
     Ok(Exit::Ok)
 }
 

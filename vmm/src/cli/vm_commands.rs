@@ -65,6 +65,9 @@ pub(super) fn run(command: Command) -> Done {
         Command::Migrate(args) => migration::migrate(&args),
         Command::Migration(args) => migration::migration(&args),
         Command::MigrateSet(args) => migration::set(&args),
+        Command::MigrateStartPostcopy(Named { name, output }) => {
+            migration::start_postcopy(&name, &output)
+        }
         Command::Cancel(Named { name, output }) => migration::cancel(&name, &output),
         Command::Resolve(args) => migration::resolve(&args),
         Command::Run(_) | Command::Restore(_) | Command::Receive(_) => {

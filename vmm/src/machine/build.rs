@@ -126,6 +126,7 @@ impl MachineBuilder<'_> {
             held: AtomicBool::new(false),
             operator_paused: AtomicBool::new(false),
             arrives_paused: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
             events: self.events,
             pauses: AtomicU64::new(0),
             reboots: AtomicU64::new(0),

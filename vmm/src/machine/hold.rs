@@ -91,10 +91,19 @@ impl Machine {
         }
     }
 
-    /// The first device that cannot be migrated, and why.
+    /// Why the VM cannot be migrated or saved now: memory that is still on its way, or a device.
     #[must_use]
     pub fn migration_blocker(&self) -> Option<String> {
+        if self.is_draining() {
+            return Some("a part of its memory is still on the host that it came from".to_owned());
+        }
         self.virtio.migration_blocker()
+    }
+
+    /// Whether a part of the guest's memory is still at its source.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
     }
 }
 
@@ -134,6 +143,11 @@ impl DestinationVm for Machine {
     fn load_state(&self, sections: &[Section], paused: Instant) -> Result<(), VmError> {
         Machine::load_sections(self, sections, Some(paused.elapsed()))
             .map_err(|error| VmError::Other(error.to_string()))
+    }
+
+    fn set_draining(&self, draining: bool) {
+        self.draining.store(draining, Ordering::Release);
+        self.virtio.hold_balloon(draining);
     }
 
     fn take_ownership(&self) -> Result<(), VmError> {

@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use migration::{
     DestinationMemory, DirtySource, Gfn, Gpa, GuestMemory, MemoryLayout, PageRange, PageSet,
-    PauseReason, Placed, VmControl, VmError, PAGE_BYTES,
+    PauseReason, VmControl, VmError, PAGE_BYTES,
 };
 use vm_memory::VolatileSlice;
 
 use super::Machine;
 use crate::kvm::{clear_dirty_log, set_dirty_logging};
-use crate::memory::{GuestRam, RamRegion, PAGE_SIZE};
+use crate::memory::{GuestRam, RamRegion, HUGE_PAGE_SIZE, PAGE_SIZE};
 
 pub(super) fn layout_of(ram: &GuestRam) -> Arc<MemoryLayout> {
     let ranges = ram
@@ -65,6 +65,13 @@ impl GuestMemory for Machine {
     fn slice(&self, range: PageRange) -> Result<VolatileSlice<'_>, VmError> {
         self.layout.index_range(range)?;
         self.ram.slice(range.gpa().0, range.bytes()).map_err(other)
+    }
+
+    fn unit_pages(&self) -> u64 {
+        match self.ram.hugepages() {
+            true => HUGE_PAGE_SIZE / PAGE_SIZE,
+            false => 1,
+        }
     }
 
     fn populated(&self) -> Result<PageSet, VmError> {
@@ -179,11 +186,5 @@ impl DestinationMemory for Machine {
             what: format!("discarding {} bytes of guest memory", range.bytes()),
             error,
         })
-    }
-
-    fn place_page(&self, gfn: Gfn, data: &[u8; PAGE_BYTES]) -> Result<Placed, VmError> {
-        // Without userfaultfd nothing is ever missing: the page is written like any other.
-        self.slice(PageRange::new(gfn, 1)?)?.copy_from(&data[..]);
-        Ok(Placed::Now)
     }
 }

@@ -154,6 +154,8 @@ pub struct Machine {
     operator_paused: AtomicBool,
     /// See [`Machine::arrive_paused`].
     arrives_paused: AtomicBool,
+    /// A part of its memory is still at the source.
+    draining: AtomicBool,
     events: EventLog,
     pauses: AtomicU64,
     reboots: AtomicU64,
@@ -370,7 +372,7 @@ impl Machine {
         let mut life = Some(lock(&self.life));
         self.check_alive()?;
         self.check_not_held()?;
-        if let Some(why) = self.virtio.migration_blocker() {
+        if let Some(why) = self.migration_blocker() {
             return Err(MachineError::Blocked(why));
         }
         let was_running = self.status() == VmStatus::Running;

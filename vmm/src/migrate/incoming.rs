@@ -1,6 +1,7 @@
 //! Receiving a VM.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::CpuId;
@@ -25,7 +26,7 @@ use crate::run::{Assembled, RunError};
 use crate::runtime_dir::RuntimeDir;
 use crate::snapshot::media_of;
 use crate::virtio::{DiskOwnership, TapError, VirtioError};
-use crate::vm_handle::Incoming;
+use crate::vm_handle::{Incoming, VmHandle};
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -67,6 +68,14 @@ impl Stage {
         self.set(At::Running(Arc::clone(machine)));
     }
 
+    /// A migration is over. The VM may be here and run by now.
+    fn over(&self) {
+        let mut at = lock(&self.at);
+        if matches!(*at, At::Waiting(_)) {
+            *at = At::Between;
+        }
+    }
+
     fn set(&self, at: At) {
         *lock(&self.at) = at;
         // A signal of meanwhile found nothing to end.
@@ -83,10 +92,15 @@ fn end_waiting(control: &DestinationControl) {
     control.detach();
 }
 
+/// A VM that came, served by this API.
+pub type Came = (Box<Assembled>, ApiHandle);
+
 /// What became of an incoming migration.
 pub enum Received {
-    /// The VM is here, served by this API.
-    Here(Box<Assembled>, ApiHandle),
+    /// The VM is here.
+    Here(Came),
+    /// It was given away when its guest ran, and the rest of its memory has followed, or never will.
+    Drained,
     /// It is not, for these reasons; the source may still ask, unless this is `None`.
     Not(Vec<String>, Option<MigrationId>),
     /// Nobody knows.
@@ -124,7 +138,8 @@ impl FrontDoor {
         &self.address
     }
 
-    /// Receives one migration.
+    /// Receives one migration. With post-copy the VM goes to `early` as soon as its guest runs, and this returns when its
+    /// memory is here.
     ///
     /// # Errors
     /// No thread for it.
@@ -133,20 +148,39 @@ impl FrontDoor {
         host: &HostKvm,
         settings: &ReceiveSettings,
         stage: &Stage,
+        early: &Sender<Came>,
     ) -> Result<Received, RunError> {
         let control = DestinationControl::new();
         stage.set(At::Waiting(control.clone()));
-        let incoming =
-            IncomingHost { host, settings, control: control.clone(), made: Mutex::default() };
+        let incoming = IncomingHost {
+            host,
+            settings,
+            control: control.clone(),
+            made: Mutex::default(),
+            early,
+        };
         let options = DestinationOptions::default();
         let report = receive(&incoming, &self.acceptor, &self.journal, &options, &control, &|_| {});
-        stage.set(At::Between);
+        stage.over();
         let report = report.map_err(RunError::Receive)?;
         let value = json!(report);
         if !report.id.is_empty() {
             self.records.keep("incoming", &value);
         }
-        let made = lock(&incoming.made).take();
+        let made = match std::mem::take(&mut *lock(&incoming.made)) {
+            Made::Early(handle, machine) => {
+                let kind = if report.drain.as_ref().is_some_and(|d| d.complete) {
+                    "drained"
+                } else {
+                    "drain-failed"
+                };
+                machine.events().push(kind, value.clone());
+                handle.end_arrival(value);
+                return Ok(Received::Drained);
+            }
+            Made::Here(vm, api) => Some((vm, api)),
+            Made::Nothing => None,
+        };
         let reasons = match report.outcome {
             Arrival::RunningHere => {
                 let (vm, api) = made.ok_or_else(|| {
@@ -154,7 +188,7 @@ impl FrontDoor {
                 })?;
                 vm.machine.events().push("arrived", value.clone());
                 vm.handle.end_arrival(value);
-                return Ok(Received::Here(Box::new(vm), api));
+                return Ok(Received::Here((vm, api)));
             }
             Arrival::NotHere { reasons, .. } => {
                 let id = report.id.parse().ok();
@@ -190,7 +224,18 @@ struct IncomingHost<'a> {
     host: &'a HostKvm,
     settings: &'a ReceiveSettings,
     control: DestinationControl,
-    made: Mutex<Option<(Assembled, ApiHandle)>>,
+    made: Mutex<Made>,
+    early: &'a Sender<Came>,
+}
+
+/// The VM that was made for a migration.
+#[derive(Default)]
+enum Made {
+    #[default]
+    Nothing,
+    Here(Box<Assembled>, ApiHandle),
+    /// It has an owner, and its memory follows.
+    Early(Arc<VmHandle>, Arc<Machine>),
 }
 
 impl IncomingHost<'_> {
@@ -267,7 +312,7 @@ impl IncomingHost<'_> {
         let detail = json!({ "id": offer.id.to_string(), "from": offer.peer });
         vm.machine.events().push("incoming", detail);
         let machine = Arc::clone(&vm.machine);
-        *lock(&self.made) = Some((vm, api));
+        *lock(&self.made) = Made::Here(Box::new(vm), api);
         Ok(machine)
     }
 }
@@ -296,5 +341,16 @@ impl DestinationHost for IncomingHost<'_> {
         blobs: Vec<Blob>,
     ) -> Result<Arc<dyn DestinationVm>, Vec<String>> {
         self.make(offer, blobs).map(|machine| machine as _)
+    }
+
+    fn draining(&self, id: MigrationId) {
+        let mut made = lock(&self.made);
+        if let Made::Here(vm, api) = std::mem::take(&mut *made) {
+            let detail = json!({ "id": id.to_string() });
+            vm.machine.events().push("draining", detail);
+            *made = Made::Early(Arc::clone(&vm.handle), Arc::clone(&vm.machine));
+            // Who waits for it takes it.
+            let _ = self.early.send((vm, api));
+        }
     }
 }

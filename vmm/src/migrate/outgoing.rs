@@ -7,7 +7,9 @@ use std::time::Duration;
 use migration::handover::SourcePhase;
 use migration::identity::MigrationId;
 use migration::report::{Outcome, Progress, Report};
-use migration::source::{migrate_to, Limits, Offering, SourceControl, SourceOptions};
+use migration::source::{
+    migrate_to, Limits, Offering, OnStall, PostcopyOptions, SourceControl, SourceOptions,
+};
 use migration::transport::TcpConnector;
 use migration::Timing;
 use serde_json::{json, Value};
@@ -54,6 +56,8 @@ struct Running {
     id: MigrationId,
     control: SourceControl,
     to: String,
+    /// Whether memory may follow the guest.
+    may_switch: bool,
 }
 
 impl Outgoing {
@@ -95,7 +99,8 @@ impl Outgoing {
         });
         // It is over only after this lock was given up.
         started.map_err(|error| failed(&error))?;
-        state.running = Some(Running { id, control, to: request.to.clone() });
+        let may_switch = options.mode.may_switch() || options.on_stall == OnStall::Postcopy;
+        state.running = Some(Running { id, control, to: request.to.clone(), may_switch });
         Ok(id)
     }
 
@@ -203,6 +208,8 @@ impl Outgoing {
                 "direction": "outgoing",
                 "peer": running.to,
                 "phase": running.control.phase(),
+                "interrupted": running.control.is_interrupted(),
+                "interruptions": running.control.interruptions(),
                 "progress": running.control.progress(),
             })
         });
@@ -236,10 +243,51 @@ impl Outgoing {
         if let Some(bandwidth) = settings.bandwidth {
             control.set_bandwidth((bandwidth > 0).then_some(bandwidth));
         }
+        if let Some(push) = settings.push {
+            control.set_push(push);
+        }
         if let Some(downtime) = settings.downtime_us {
             control.set_downtime(Duration::from_micros(downtime));
         }
         Ok(())
+    }
+
+    /// Lets the guest move now and the rest of its memory follow it.
+    ///
+    /// # Errors
+    /// There is no migration, or none that may do so.
+    pub fn start_postcopy(&self) -> Result<(), ControlError> {
+        let control = self.current()?;
+        if !self.lock().running.as_ref().is_some_and(|running| running.may_switch) {
+            let message = "this migration was not begun with post-copy in view: begin it with --mode hybrid or \
+                           --on-stall postcopy";
+            return Err(ControlError::Conflict(message.to_owned()));
+        }
+        control.start_postcopy();
+        Ok(())
+    }
+
+    /// Lets a post-copy migration that lost its connections try again now.
+    ///
+    /// # Errors
+    /// There is no such migration.
+    pub fn recover(&self, to: Option<String>) -> Result<(), ControlError> {
+        let control = self.current()?;
+        if !control.is_interrupted() {
+            let message = "no migration of this VM waits for its destination".to_owned();
+            return Err(ControlError::Conflict(message));
+        }
+        if let Some(running) = self.lock().running.as_mut() {
+            running.to = to.clone().unwrap_or_else(|| running.to.clone());
+        }
+        control.recover(to);
+        Ok(())
+    }
+
+    /// Whether the guest runs elsewhere, and connections for the rest of its memory are lost.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        self.control().is_some_and(|control| control.is_interrupted())
     }
 
     /// The VM is about to end, by its guest or an operator: a migration is given up, or waited for
@@ -247,7 +295,8 @@ impl Outgoing {
     #[must_use]
     pub fn end(&self) -> Ended {
         while let Some(control) = self.control() {
-            if !control.guest_ended() && control.phase() == SourcePhase::Unresolved {
+            let stuck = control.phase() == SourcePhase::Unresolved || control.is_interrupted();
+            if !control.guest_ended() && stuck {
                 control.detach();
             }
             thread::sleep(LOOK_AGAIN);
@@ -275,6 +324,18 @@ fn timing(dead_after_ms: Option<u64>) -> Result<Timing, ControlError> {
     Ok(Timing { dead, alive: timing.alive.min(dead / 5), ..timing })
 }
 
+/// How memory is to follow its guest.
+fn postcopy(request: &MigrateRequest) -> PostcopyOptions {
+    let default = PostcopyOptions::default();
+    let after = request.switch_after_ms.map(Duration::from_millis);
+    PostcopyOptions {
+        rounds: request.rounds.or(default.rounds.filter(|_| after.is_none())),
+        after,
+        push: request.push.unwrap_or(default.push),
+        prepaging: request.prepaging.unwrap_or(default.prepaging),
+    }
+}
+
 /// What is asked for and, where nothing is, configured.
 fn options(
     request: &MigrateRequest,
@@ -290,7 +351,10 @@ fn options(
         mode: match request.mode {
             MigrationMode::Precopy => migration::Mode::Precopy,
             MigrationMode::Cold => migration::Mode::Cold,
+            MigrationMode::Postcopy => migration::Mode::Postcopy,
+            MigrationMode::Hybrid => migration::Mode::Hybrid,
         },
+        postcopy: postcopy(request),
         connections: request.connections.unwrap_or(1),
         verify: request.verify,
         downtime: request
@@ -308,6 +372,12 @@ fn options(
     };
     if !(1..=64).contains(&options.connections) {
         return bad(format!("{} connections are not possible: use 1 to 64", options.connections));
+    }
+    let may_switch = options.mode.may_switch() || options.on_stall == OnStall::Postcopy;
+    if options.verify && may_switch {
+        return bad("memory cannot be compared in the pause when it follows its guest: leave verify out; each page \
+                    has a checksum then"
+            .to_owned());
     }
     if let Err(error) = limits.validate() {
         return bad(error.to_string());

@@ -342,6 +342,15 @@ impl VirtioSet {
         true
     }
 
+    /// While held, the balloon's requests wait.
+    pub fn hold_balloon(&self, held: bool) {
+        let Some(balloon) = &self.balloon else { return };
+        balloon.with_device(|balloon| balloon.hold(held));
+        if !held {
+            devices::virtio::VirtioControl::resume(balloon);
+        }
+    }
+
     /// Plugs the cable of card `id` in or out. False where there is no such card.
     pub fn set_link(&self, id: &str, up: bool) -> bool {
         let Some((_, card)) = self.nets.iter().find(|(name, _)| name == id) else { return false };

@@ -10,8 +10,8 @@ use serde_json::Value;
 use vmm::api::{serve_with, ApiHandle, Limits};
 use vmm::config::{HostLimits, RunOptions, VmConfig};
 use vmm::control::{
-    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, SaveReport, VmInfo,
-    VmStats, VmStatus,
+    Control, ControlError, MigrateRequest, MigrateSettings, MigrationInfo, RecoverRequest,
+    SaveReport, VmInfo, VmStats, VmStatus,
 };
 use vmm::events::EventLog;
 use vmm::runtime_dir::listen;
@@ -182,6 +182,16 @@ impl Control for FakeVm {
 
     fn set_migration(&self, settings: &MigrateSettings) -> Result<(), ControlError> {
         self.note(format!("migrate-set {:?} {:?}", settings.bandwidth, settings.downtime_us));
+        Ok(())
+    }
+
+    fn start_postcopy(&self) -> Result<(), ControlError> {
+        self.note("migrate-start-postcopy");
+        Ok(())
+    }
+
+    fn recover_migration(&self, request: &RecoverRequest) -> Result<(), ControlError> {
+        self.note(format!("migrate-recover {:?}", request.to));
         Ok(())
     }
 

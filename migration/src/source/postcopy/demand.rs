@@ -1,0 +1,78 @@
+//! The thread that answers requests for pages, on the connection that they come by.
+
+use std::sync::mpsc;
+
+use crate::address::PageRange;
+use crate::handover::Cause;
+use crate::source::postcopy::frozen::Frozen;
+use crate::source::postcopy::outflow::Outflow;
+use crate::source::postcopy::Joint;
+use crate::source::sender::Shared;
+use crate::source::Input;
+use crate::stream::{decode_runs, Problem, RecordType, StreamError};
+use crate::vm::SourceVm;
+
+/// Answers until the connection ends.
+pub(in crate::source) fn serve(
+    mut link: Joint,
+    vm: &dyn SourceVm,
+    outflow: &Outflow,
+    shared: &Shared,
+    inbox: &mpsc::Sender<Input>,
+) {
+    let mut frozen = Frozen::default();
+    let error = loop {
+        if let Err(error) = answer(&mut link, vm, outflow, shared, &mut frozen) {
+            break error;
+        }
+    };
+    let cause = match error.problem {
+        Problem::Read(_) | Problem::Write(_) | Problem::Truncated => Cause::Lost,
+        Problem::Vm(_) => Cause::Failed,
+        _ => Cause::Protocol,
+    };
+    // Fails when the engine has ended.
+    let _ = inbox.send(Input::Lost(cause, format!("the connection for requests: {error}")));
+}
+
+fn answer(
+    link: &mut Joint,
+    vm: &dyn SourceVm,
+    outflow: &Outflow,
+    shared: &Shared,
+    frozen: &mut Frozen,
+) -> Result<(), StreamError> {
+    let record = link.records.next_record()?;
+    if record.record_type != RecordType::Request {
+        let found = record.record_type;
+        return Err(record.error(Problem::Unexpected { found, expected: "REQUEST" }));
+    }
+    let runs = decode_runs(RecordType::Request, record.payload, vm.layout())
+        .map_err(|problem| record.error(problem))?;
+    let unit = vm.unit_pages();
+    for page in runs.iter().flat_map(|run| run.chunks(unit)) {
+        let answer = outflow.answer(page.start());
+        let before = link.writer.bytes();
+        let sent = send(link, vm, &answer, frozen);
+        outflow.answered();
+        sent?;
+        let bytes = link.writer.bytes() - before;
+        shared.bytes.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// The page that somebody waits for goes first, by itself.
+fn send(
+    link: &mut Joint,
+    vm: &dyn SourceVm,
+    answer: &[PageRange],
+    frozen: &mut Frozen,
+) -> Result<(), StreamError> {
+    let Some((page, others)) = answer.split_first() else { return Ok(()) };
+    frozen.send(&mut link.writer, vm, &[*page])?;
+    if others.is_empty() {
+        return Ok(());
+    }
+    frozen.send(&mut link.writer, vm, others)
+}

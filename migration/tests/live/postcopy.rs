@@ -1,0 +1,245 @@
+//! Memory that follows its guest.
+
+use std::sync::Arc;
+use std::thread;
+
+use migration::destination::Arrival;
+use migration::prepaging::Prepaging;
+use migration::report::Outcome;
+use migration::simulated::{Cut, SimulatedVm};
+use migration::source::{Limits, PostcopyOptions, PostcopyReport, SourceControl, SourceOptions};
+use migration::{Gfn, GuestMemory, Mode};
+
+use super::common::*;
+
+fn postcopy(connections: u16, push: bool, prepaging: Prepaging) -> SourceOptions {
+    SourceOptions {
+        mode: Mode::Postcopy,
+        postcopy: PostcopyOptions { push, prepaging, ..PostcopyOptions::default() },
+        ..options(connections)
+    }
+}
+
+fn hybrid(connections: u16, rounds: Option<u32>) -> SourceOptions {
+    SourceOptions {
+        mode: Mode::Hybrid,
+        postcopy: PostcopyOptions { rounds, ..PostcopyOptions::default() },
+        // Nothing converges to that, unless nothing is written at all.
+        downtime: std::time::Duration::ZERO,
+        limits: Limits { dirty_pages: 0, ..Limits::default() },
+        ..options(connections)
+    }
+}
+
+/// Every page came once, and both ends counted alike.
+fn assert_complete(outcome: &super::common::Outcome) -> PostcopyReport {
+    let report = &outcome.report;
+    assert_eq!(report.outcome, Outcome::HandedOver, "{report:?}");
+    assert_eq!(outcome.arrival.outcome, Arrival::RunningHere);
+    assert!(outcome.arrival.confirmed);
+    let postcopy = report.postcopy.clone().expect("a part of memory followed");
+    assert_eq!(postcopy.incomplete, None);
+    let there = postcopy.destination.clone().expect("the destination's figures");
+    let here = outcome.arrival.drain.clone().expect("the destination's own report");
+    assert!(here.complete && here.missing_pages == 0);
+    assert_eq!((here.requests, here.pushed_pages), (there.requests, there.pushed_pages));
+    assert_eq!(there.duplicate_pages, 0);
+    assert_eq!(
+        there.demand_pages + there.prepaged_pages + there.pushed_pages,
+        postcopy.missing_pages,
+        "{there:?}"
+    );
+    assert_eq!(there.latency.count(), there.requests);
+    postcopy
+}
+
+/// Waits until the guest runs at the destination.
+fn running(world: &World) -> Arc<SimulatedVm> {
+    loop {
+        match world.host.vm() {
+            Some(vm) if vm.is_running() => return vm,
+            _ => thread::yield_now(),
+        }
+    }
+}
+
+/// Reads all memory as a guest does, and gives every page back.
+fn read_all(vm: &SimulatedVm) -> Vec<[u8; 8]> {
+    frames()
+        .into_iter()
+        .map(|gfn| vm.read_page(Gfn(gfn)).unwrap()[..8].try_into().unwrap())
+        .collect()
+}
+
+#[test]
+fn memory_follows_by_push() {
+    for (connections, prepaging) in
+        [(1, Prepaging::Off), (3, Prepaging::Linear), (2, Prepaging::Bubble)]
+    {
+        let world = World::new();
+        let populated = world.vm.populated().unwrap().count();
+        let outcome = world.migrate(&postcopy(connections, true, prepaging));
+        let postcopy = assert_complete(&outcome);
+        assert_eq!(postcopy.missing_pages, populated);
+        assert_eq!(outcome.report.pause.unwrap().pages, 0, "none went in the pause");
+        world.assert_moved();
+        world.assert_not_bloated();
+    }
+}
+
+#[test]
+fn memory_follows_by_demand_alone() {
+    for prepaging in [Prepaging::Off, Prepaging::Linear, Prepaging::Bubble] {
+        let world = World::new();
+        let before = read_all(&world.vm);
+        let populated = world.vm.populated().unwrap().count();
+        let outcome = thread::scope(|scope| {
+            let guest = scope.spawn(|| read_all(&running(&world)));
+            let outcome = world.migrate(&postcopy(1, false, prepaging));
+            assert!(guest.join().unwrap() == before, "the guest saw what it had written");
+            outcome
+        });
+        let report = assert_complete(&outcome).destination.unwrap();
+        assert_eq!(report.pushed_pages, 0);
+        match prepaging {
+            Prepaging::Off => assert_eq!((report.requests, report.prepaged_pages), (populated, 0)),
+            _ => assert!(report.requests < populated / 2, "{report:?}"),
+        }
+        assert!(report.local_pages > 0, "what never was anywhere was not asked for");
+        world.assert_moved();
+    }
+}
+
+#[test]
+fn a_guest_goes_on_while_its_memory_follows() {
+    for seed in 1..7 {
+        let world = World::new();
+        let before = read_all(&world.vm);
+        let outcome = thread::scope(|scope| {
+            let guest = scope.spawn(|| {
+                let vm = running(&world);
+                for (gfn, old) in frames().into_iter().zip(&before).step_by(7) {
+                    let now: [u8; 8] = vm.read_page(Gfn(gfn)).unwrap()[..8].try_into().unwrap();
+                    assert_eq!(now, *old, "page frame {gfn:#x}");
+                    vm.guest_write(Gfn(gfn), b"written there").unwrap();
+                }
+            });
+            let prepaging = [Prepaging::Off, Prepaging::Linear, Prepaging::Bubble][seed % 3];
+            let outcome = world.migrate(&postcopy(1 + (seed % 2) as u16, true, prepaging));
+            guest.join().unwrap();
+            outcome
+        });
+        assert_complete(&outcome);
+        let there = world.host.vm().unwrap();
+        for (at, gfn) in frames().into_iter().enumerate() {
+            let page = there.read_page(Gfn(gfn)).unwrap();
+            match at % 7 {
+                0 => assert_eq!(&page[..13], b"written there", "page frame {gfn:#x}"),
+                _ => assert_eq!(page[..8], before[at], "page frame {gfn:#x}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_sent_and_written_again_follows_anew() {
+    for seed in 1..9 {
+        let world = World::new();
+        let rounds = 1 + (seed % 2) as u32;
+        let options = hybrid(1 + (seed % 4) as u16, Some(rounds));
+        world.vm.set_eager(Gfn(0));
+        let outcome = under_load(&world.vm, seed, || world.migrate(&options));
+        assert_eq!(outcome.report.rounds.len(), rounds as usize);
+        assert_complete(&outcome);
+        world.assert_moved();
+    }
+}
+
+#[test]
+fn what_converges_needs_no_postcopy() {
+    let world = World::new();
+    let outcome = world.migrate(&hybrid(2, Some(5)));
+    assert_eq!(outcome.report.outcome, Outcome::HandedOver, "{:?}", outcome.report);
+    assert_eq!(outcome.report.postcopy, None);
+    assert_eq!(outcome.arrival.drain, None);
+    world.assert_moved();
+}
+
+#[test]
+fn an_operator_starts_postcopy_in_the_middle_of_a_round() {
+    let world = World::new();
+    let options = SourceOptions {
+        // The first round would never end.
+        bandwidth: Some(1 << 20),
+        ..hybrid(2, None)
+    };
+    let hooks = Hooks {
+        progress: &|progress, control: &SourceControl| {
+            if progress.phase == migration::handover::SourcePhase::Copying && progress.bytes > 0 {
+                control.start_postcopy();
+                control.set_bandwidth(None);
+            }
+        },
+        ..Hooks::default()
+    };
+    let outcome = under_load(&world.vm, 3, || world.migrate_with(&options, &hooks));
+    assert_eq!(outcome.report.rounds.len(), 1);
+    assert_complete(&outcome);
+    world.assert_moved();
+}
+
+/// Whatever is cut where: the guest runs on one side, and what had begun to follow it arrives.
+#[test]
+fn a_lost_connection_loses_nothing() {
+    let connections = 2;
+    for (options, name) in [
+        (postcopy(connections, true, Prepaging::Bubble), "postcopy"),
+        (hybrid(connections, Some(1)), "hybrid"),
+    ] {
+        let world = World::new();
+        world.vm.set_eager(Gfn(0));
+        assert_complete(&under_load(&world.vm, 1, || world.migrate(&options)));
+        let traffic = world.network.traffic();
+        assert_eq!(traffic.len(), 4, "main, two for pages, one for requests");
+        let mut recovered = 0;
+        for (connection, (sent, received)) in traffic.into_iter().enumerate() {
+            for (bytes, outgoing) in [(sent, true), (received, false)] {
+                for part in [2, 5, 7, 9, 10] {
+                    let bytes = bytes * part / 10;
+                    let cut = Cut { connection, bytes: bytes.max(1), outgoing, for_good: false };
+                    let world = World::new();
+                    world.vm.set_eager(Gfn(0));
+                    world.network.cut(Some(cut));
+                    let outcome = under_load(&world.vm, bytes, || world.migrate(&options));
+                    match &outcome.report.outcome {
+                        Outcome::RunningHere { .. } => world.assert_back(),
+                        _ => {
+                            let report = assert_complete(&outcome);
+                            recovered += report.interruptions;
+                            world.assert_moved();
+                        }
+                    }
+                }
+            }
+        }
+        assert!(recovered > 2, "{name}: {recovered}");
+    }
+}
+
+#[test]
+fn requests_that_were_lost_are_made_again() {
+    for (bytes, outgoing) in [(20_000, true), (2_000_000, true), (600, false), (5_000, false)] {
+        let world = World::new();
+        let before = read_all(&world.vm);
+        // Main, one for pages, one for requests.
+        world.network.cut(Some(Cut { connection: 2, bytes, outgoing, for_good: false }));
+        let outcome = thread::scope(|scope| {
+            let guest = scope.spawn(|| read_all(&running(&world)));
+            let outcome = world.migrate(&postcopy(1, false, Prepaging::Off));
+            assert!(guest.join().unwrap() == before, "the guest saw what it had written");
+            outcome
+        });
+        assert_eq!(assert_complete(&outcome).interruptions, 1);
+        world.assert_moved();
+    }
+}

@@ -1,0 +1,396 @@
+//! Post-copy between processes: the guest goes on first, its memory follows, and nothing of it differs.
+#![allow(clippy::unwrap_used)]
+
+use std::fs::File;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use serde_json::Value;
+use tests::proxy::{Cut, On, Proxy};
+use tests::{add, kvm, number, userfaultfd, Host, Migrating, Suite, Vm, PATIENCE};
+
+/// A guest that works hard enough to notice what goes wrong, and says so often.
+const BUSY: &str = "ws=16 dirty=4000 pattern=random report=250 pace=0";
+/// Push that does not come far; what is asked for is answered all the same.
+const SLOW: [&str; 4] = ["--mode", "postcopy", "--bandwidth", "64K"];
+
+fn main() -> ExitCode {
+    let mut suite = Suite::default();
+    add!(suite, &[&kvm(), &userfaultfd()];
+        memory_follows_by_every_way,
+        demand_alone_serves_the_guest,
+        what_was_sent_and_written_again_follows,
+        what_does_not_converge_follows,
+        an_operator_has_the_guest_move,
+        a_chain_of_all_modes_with_disk_traffic,
+        a_vm_that_drains_is_left_alone,
+        lost_connections_are_made_again,
+        an_operator_recovers_over_another_address,
+        a_guest_that_ends_while_it_drains_ends_both,
+        a_dead_source_is_told_and_the_vm_can_be_ended,
+        a_dead_destination_is_told_and_given_up_by_an_operator,
+        what_cannot_be_is_refused,
+    );
+    suite.run()
+}
+
+/// Migrates the VM `vm` of `from`; all of its memory follows. Gives the report.
+#[track_caller]
+fn migrate(from: &Host, to: &str, args: &[&str]) -> Value {
+    let report = from.json(&[&["migrate", "vm", "--to", to], args].concat());
+    assert_eq!(report["verdict"], "handed-over", "{report}");
+    let postcopy = &report["postcopy"];
+    if postcopy.is_null() {
+        return report;
+    }
+    assert!(postcopy["incomplete"].is_null(), "{report}");
+    let there = &postcopy["destination"];
+    assert_eq!(there["duplicate_pages"], 0, "{report}");
+    let came: u64 = ["demand_pages", "prepaged_pages", "pushed_pages"]
+        .iter()
+        .map(|name| number(there, name))
+        .sum();
+    assert_eq!(came, number(postcopy, "missing_pages"), "{report}");
+    report
+}
+
+/// A migration whose guest runs at the destination, and whose memory hardly follows.
+#[track_caller]
+fn draining(from: &Host, to_host: &Host, to: &str) -> Migrating {
+    let migrating = Migrating::start(from, to, &SLOW);
+    until(|| current(to_host)["phase"] == "draining");
+    migrating
+}
+
+/// Null where there is no VM yet, or none any more.
+fn current(host: &Host) -> Value {
+    let asked = host.cli(&["migration", "vm", "--json"]);
+    let answer = serde_json::from_str(&asked.stdout).unwrap_or(Value::Null);
+    answer["current"].clone()
+}
+
+#[track_caller]
+fn until(what: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !what() {
+        assert!(Instant::now() < deadline, "it does not come to that");
+        std::thread::yield_now();
+    }
+}
+
+#[track_caller]
+fn runs_on(vm: &mut Vm) {
+    let before = vm.report();
+    vm.goes_on_after(&before);
+    vm.verify();
+}
+
+fn memory_follows_by_every_way() {
+    for (pattern, cpus, connections, prepaging) in [
+        ("sequential", "1", "1", "bubble"),
+        ("random", "2", "4", "bubble"),
+        ("hotspot", "2", "1", "linear"),
+        ("stride", "1", "4", "off"),
+        ("random", "1", "1", "off"),
+        ("stride", "2", "1", "bubble"),
+    ] {
+        let (a, b) = (Host::new(), Host::new());
+        let guest = format!("ws=16 dirty=20000 pattern={pattern} report=250 pace=0");
+        let mut source = a.run(&guest, &["--cpus", cpus]).ready();
+        let before = source.report();
+        let (mut destination, to) = b.receive(&[]);
+        let args = ["--mode", "postcopy", "--connections", connections, "--prepaging", prepaging];
+        let report = migrate(&a, &to, &args);
+        assert!(number(&report["postcopy"], "missing_pages") >= 4096, "{report}");
+        assert_eq!(report["pause"]["pages"], 0, "{report}");
+        source.ends_well();
+        destination.goes_on_after_pauses(1, &before);
+        destination.verify();
+        assert!(current(&b).is_null());
+    }
+}
+
+fn demand_alone_serves_the_guest() {
+    for prepaging in ["off", "linear", "bubble"] {
+        let (a, b) = (Host::new(), Host::new());
+        let mut source = a.run(BUSY, &["--cpus", "2"]).ready();
+        let before = source.report();
+        let (mut destination, to) = b.receive(&[]);
+        let args = ["--mode", "postcopy", "--push", "off", "--prepaging", prepaging, "--json"];
+        let migrating = Migrating::start(&a, &to, &args);
+        // It reads all of its working set.
+        destination.goes_on_after_pauses(1, &before);
+        destination.verify();
+        a.ok(&["migrate-set", "vm", "--push", "on"]);
+        let finished = migrating.end();
+        assert_eq!(finished.code, Some(0), "{finished:#?}");
+        let report: Value = serde_json::from_str(&finished.stdout).unwrap();
+        let there = &report["postcopy"]["destination"];
+        let (asked, prepaged) = (number(there, "requests"), number(there, "prepaged_pages"));
+        match prepaging {
+            "off" => assert!(asked > 4000 && prepaged == 0, "{there}"),
+            _ => assert!(asked < 4000 && prepaged > asked, "{there}"),
+        }
+        runs_on(&mut destination);
+    }
+}
+
+fn what_was_sent_and_written_again_follows() {
+    for (rounds, connections) in [("1", "1"), ("3", "4")] {
+        let (a, b) = (Host::new(), Host::new());
+        let guest = "ws=16 dirty=50000 pattern=random report=250 pace=0";
+        let mut source = a.run(guest, &["--cpus", "2"]).ready();
+        let before = source.report();
+        let (mut destination, to) = b.receive(&[]);
+        let args = ["--mode", "hybrid", "--rounds", rounds, "--connections", connections];
+        let report = migrate(
+            &a,
+            &to,
+            &[&args[..], &["--downtime", "1us", "--dirty-pages", "0", "--bandwidth", "40M"]]
+                .concat(),
+        );
+        assert_eq!(report["rounds"].as_array().unwrap().len().to_string(), rounds, "{report}");
+        assert!(number(&report["postcopy"], "missing_pages") > 0, "{report}");
+        source.ends_well();
+        destination.goes_on_after_pauses(1, &before);
+        destination.verify();
+    }
+}
+
+fn what_does_not_converge_follows() {
+    let (a, b) = (Host::new(), Host::new());
+    let guest = "ws=16 dirty=50000 pattern=random report=250 pace=0";
+    let mut source = a.run(guest, &[]).ready();
+    let before = source.report();
+    let (mut destination, to) = b.receive(&[]);
+    let args = [
+        "--on-stall",
+        "postcopy",
+        "--max-rounds",
+        "2",
+        "--downtime",
+        "1us",
+        "--dirty-pages",
+        "0",
+        "--bandwidth",
+        "40M",
+    ];
+    let report = migrate(&a, &to, &args);
+    assert!(report["stall"].as_str().unwrap().contains("pages/s"), "{report}");
+    assert!(!report["postcopy"].is_null(), "{report}");
+    source.ends_well();
+    destination.goes_on_after_pauses(1, &before);
+    destination.verify();
+}
+
+fn an_operator_has_the_guest_move() {
+    let (a, b) = (Host::new(), Host::new());
+    let mut source = a.run(BUSY, &[]).ready();
+    let before = source.report();
+    let (mut destination, to) = b.receive(&[]);
+    // Precopy that was not begun with that in view cannot.
+    let plain = Migrating::start(&a, &to, &["--bandwidth", "64K"]);
+    until(|| current(&a)["phase"] == "copying");
+    assert_eq!(a.cli(&["migrate-start-postcopy", "vm"]).code, Some(5));
+    a.ok(&["cancel", "vm"]);
+    assert_eq!(plain.end().code, Some(1));
+    destination.end();
+    let (mut destination, to) = b.receive(&[]);
+    let slow =
+        Migrating::start(&a, &to, &["--mode", "hybrid", "--rounds", "9", "--bandwidth", "64K"]);
+    until(|| current(&a)["progress"]["bytes"].as_u64() > Some(0));
+    a.ok(&["migrate-start-postcopy", "vm"]);
+    until(|| current(&b)["phase"] == "draining");
+    a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
+    assert_eq!(slow.end().code, Some(0));
+    source.ends_well();
+    destination.goes_on_after_pauses(number(&before, "switches") + 1, &before);
+    destination.verify();
+}
+
+fn a_chain_of_all_modes_with_disk_traffic() {
+    let hosts = [Host::new(), Host::new()];
+    let disk = hosts[0].path("disk");
+    File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+    let disk = format!("id=d,path={}", disk.display());
+    let guest = "ws=8 dirty=4000 pattern=random report=0 pace=0 virtio=irq disk=verify disk-ws=4 \
+                 disk-rate=2000 rng=on";
+    let args = ["--cpus", "2", "--disk", &disk, "--rng", "--balloon"];
+    let mut vm = hosts[0].run(guest, &args).ready();
+    vm.console.event("disk-ready");
+    let modes: [&[&str]; 8] = [
+        &["--mode", "postcopy"],
+        &["--mode", "precopy", "--verify"],
+        &["--mode", "hybrid", "--downtime", "1us", "--dirty-pages", "0", "--bandwidth", "40M"],
+        &["--mode", "postcopy", "--connections", "4", "--prepaging", "linear"],
+        &["--mode", "cold", "--verify"],
+        &["--mode", "postcopy", "--prepaging", "off"],
+        &["--mode", "hybrid", "--downtime", "1us", "--rounds", "2", "--connections", "2"],
+        &["--mode", "precopy", "--verify"],
+    ];
+    for (moves, mode) in (1..).zip(modes) {
+        let (from, to) = (&hosts[(moves as usize + 1) % 2], &hosts[moves as usize % 2]);
+        let before = vm.report();
+        let (next, address) = to.receive(&[]);
+        migrate(from, &address, mode);
+        vm.ends_well();
+        vm = next;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let after = vm.goes_on_after_pauses(moves, &before);
+            for counter in ["disk_errors", "disk_stuck", "disk_irqs_lost", "rng_errors"] {
+                assert_eq!(after[counter], 0, "move {moves}: {after}");
+            }
+            if number(&after, "disk_verified") > number(&before, "disk_verified") {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{before}, then {after}");
+        }
+    }
+    vm.verify();
+}
+
+fn a_vm_that_drains_is_left_alone() {
+    let (a, b, c) = (Host::new(), Host::new(), Host::new());
+    let mut source = a.run(BUSY, &[]).ready();
+    let (mut destination, to) = b.receive(&[]);
+    let slow = draining(&a, &b, &to);
+    let now = current(&b);
+    assert_eq!((&now["direction"], &now["interrupted"]), (&"incoming".into(), &false.into()));
+    assert!(number(&now, "missing_pages") > 0);
+    assert_eq!(b.json(&["info", "vm"])["status"], "running");
+    b.json(&["stats", "vm"]);
+    let (_elsewhere, there) = c.receive(&[]);
+    let file = b.file("saved");
+    for args in [&["migrate", "vm", "--to", &there][..], &["save", "vm", &file]] {
+        let refused = b.cli(args);
+        assert_eq!(refused.code, Some(5), "{refused:#?}");
+        assert!(refused.stderr.contains("memory is still on the host"), "{refused:#?}");
+    }
+    assert_eq!(a.cli(&["cancel", "vm"]).code, Some(5));
+    assert_eq!(a.cli(&["resume", "vm"]).code, Some(5));
+    // Pause and reboot are the guest's affair.
+    b.ok(&["pause", "vm"]);
+    b.ok(&["resume", "vm"]);
+    destination.send("reboot");
+    destination.console.event("reboot");
+    destination.console.event("ready");
+    a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
+    assert_eq!(slow.end().code, Some(0));
+    source.ends_well();
+    runs_on(&mut destination);
+    // Now it can move again at once.
+    migrate(&b, &there, &["--mode", "postcopy"]);
+    destination.ends_well();
+}
+
+fn lost_connections_are_made_again() {
+    for on in [On::Main, On::Pages, On::Requests] {
+        let (a, b) = (Host::new(), Host::new());
+        let mut source = a.run(BUSY, &["--cpus", "2"]).ready();
+        let before = source.report();
+        let (mut destination, to) = b.receive(&[]);
+        let proxy = Proxy::to(&to);
+        let args = [&SLOW[..], &["--connections", "2", "--json"]].concat();
+        let migrating = Migrating::start(&a, &proxy.address(), &args);
+        until(|| current(&b)["phase"] == "draining");
+        // Several in a row.
+        for times in 1..=3 {
+            proxy.cut(on, Cut::Reset);
+            until(|| current(&a)["interruptions"].as_u64() >= Some(times));
+            until(|| current(&a)["interrupted"] == false && current(&b)["interrupted"] == false);
+        }
+        // Nobody can come through for a while.
+        proxy.close_door(true);
+        proxy.cut(on, Cut::Reset);
+        until(|| current(&a)["interrupted"] == true && current(&b)["interrupted"] == true);
+        proxy.close_door(false);
+        a.ok(&["migrate", "vm", "--recover"]);
+        a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
+        let finished = migrating.end();
+        assert_eq!(finished.code, Some(0), "{finished:#?}");
+        let report: Value = serde_json::from_str(&finished.stdout).unwrap();
+        assert!(number(&report["postcopy"], "interruptions") >= 4, "{report}");
+        source.ends_well();
+        destination.goes_on_after_pauses(1, &before);
+        destination.verify();
+    }
+}
+
+fn an_operator_recovers_over_another_address() {
+    let (a, b) = (Host::new(), Host::new());
+    let mut source = a.run(BUSY, &[]).ready();
+    let before = source.report();
+    let (mut destination, to) = b.receive(&[]);
+    let proxy = Proxy::to(&to);
+    let migrating = Migrating::start(&a, &proxy.address(), &SLOW);
+    until(|| current(&b)["phase"] == "draining");
+    assert_eq!(a.cli(&["migrate", "vm", "--recover"]).code, Some(5), "it is not interrupted");
+    proxy.close_door(true);
+    proxy.cut(On::Main, Cut::Reset);
+    until(|| current(&a)["interrupted"] == true);
+    a.ok(&["migrate", "vm", "--recover", "--to", &to]);
+    until(|| current(&a)["interrupted"] == false);
+    a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
+    assert_eq!(migrating.end().code, Some(0));
+    source.ends_well();
+    destination.goes_on_after_pauses(1, &before);
+    destination.verify();
+}
+
+fn a_guest_that_ends_while_it_drains_ends_both() {
+    let (a, b) = (Host::new(), Host::new());
+    let mut source = a.run(BUSY, &[]).ready();
+    let (mut destination, to) = b.receive(&[]);
+    let slow = draining(&a, &b, &to);
+    destination.send("poweroff");
+    destination.ends_well();
+    let finished = slow.end();
+    assert_eq!(finished.code, Some(8), "{finished:#?}");
+    assert!(finished.stdout.contains("the guest ended"), "{finished:#?}");
+    source.ends_well();
+}
+
+fn a_dead_source_is_told_and_the_vm_can_be_ended() {
+    let (a, b) = (Host::new(), Host::new());
+    let source = a.run(BUSY, &[]).ready();
+    let (mut destination, to) = b.receive(&[]);
+    let slow = draining(&a, &b, &to);
+    source.kill_9();
+    assert_ne!(slow.end().code, Some(0));
+    until(|| current(&b)["interrupted"] == true);
+    let now = current(&b);
+    assert!(number(&now, "missing_pages") > 0 && now["note"].as_str().is_some(), "{now}");
+    assert_eq!(b.json(&["info", "vm"])["status"], "running");
+    let _ = b.cli(&["kill", "vm"]);
+    destination.end();
+}
+
+fn a_dead_destination_is_told_and_given_up_by_an_operator() {
+    let (a, b) = (Host::new(), Host::new());
+    let mut source = a.run(BUSY, &[]).ready();
+    let (destination, to) = b.receive(&[]);
+    let slow = draining(&a, &b, &to);
+    destination.kill_9();
+    until(|| current(&a)["interrupted"] == true);
+    let refused = a.cli(&["resume", "vm"]);
+    assert_eq!(refused.code, Some(5), "{refused:#?}");
+    assert!(refused.stderr.contains("memory is only here"), "{refused:#?}");
+    let pid = rustix::process::Pid::from_raw(source.pid() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(slow.end().code, Some(8));
+    source.ends_well();
+}
+
+fn what_cannot_be_is_refused() {
+    let (a, b) = (Host::new(), Host::new());
+    let mut vm = a.run(BUSY, &[]).ready();
+    let (_destination, to) = b.receive(&[]);
+    let migrate = ["migrate", "vm", "--to", &to, "--mode", "postcopy"];
+    let refused = a.cli(&[&migrate[..], &["--verify"]].concat());
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains("checksum"), "{refused:#?}");
+    assert_eq!(a.cli(&["migrate", "vm", "--recover"]).code, Some(5));
+    assert_eq!(a.cli(&["migrate-start-postcopy", "vm"]).code, Some(5));
+    runs_on(&mut vm);
+}
