@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::OnceLock;
-use std::thread::{self, Scope};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 static ON_START: OnceLock<fn(&str)> = OnceLock::new();
 
@@ -18,7 +18,7 @@ pub(crate) fn spawn<'scope>(
     scope: &'scope Scope<'scope, '_>,
     name: &str,
     job: impl FnOnce() + Send + 'scope,
-) -> io::Result<()> {
+) -> io::Result<ScopedJoinHandle<'scope, ()>> {
     let owned = name.to_owned();
     let body = move || {
         if let Some(hook) = ON_START.get() {
@@ -26,5 +26,5 @@ pub(crate) fn spawn<'scope>(
         }
         job();
     };
-    thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, body).map(drop)
+    thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, body)
 }

@@ -21,7 +21,8 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::snapshot::{take_chunk, Blob, MAX_SECTIONS, MAX_STATE_BYTES};
 use crate::stream::session::{
-    printable, Abort, Alive, Commit, Complete, Done, Echo, Hello, OfferWire, Switch, MAX_CONNECTIONS,
+    printable, Abort, Alive, Commit, Complete, Done, Echo, Hello, OfferWire, Switch,
+    MAX_CONNECTIONS,
 };
 use crate::stream::{
     decode_layout, decode_runs, decode_section, BlobChunk, BlobKind, Config, Machine, Problem,

@@ -349,6 +349,6 @@ pub fn answer_queries(
             thread::park_timeout(door::ACCEPT_INTERVAL);
         }
         door.close();
-        started
+        started.map(drop)
     })
 }

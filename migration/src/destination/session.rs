@@ -503,6 +503,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         job: impl FnOnce() + Send + 'scope,
     ) -> Result<(), Failure> {
         threads::spawn(self.around.scope, name, job)
+            .map(drop)
             .map_err(|error| Failure::new(Cause::Failed, format!("no thread {name}: {error}")))
     }
 

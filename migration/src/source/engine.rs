@@ -456,6 +456,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         job: impl FnOnce() + Send + 'scope,
     ) -> Result<(), Failure> {
         threads::spawn(self.around.scope, name, job)
+            .map(drop)
             .map_err(|error| Failure::new(Cause::Failed, format!("no thread {name}: {error}")))
     }
 

@@ -13,8 +13,8 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::source::Input;
 use crate::stream::session::{
-    printable, Abort, Accept, Alive, Drained, Echo, Hello, Loaded, Ready, Recovered, Refuse, Resumed,
-    MAX_CONNECTIONS, MAX_REASONS,
+    printable, Abort, Accept, Alive, Drained, Echo, Hello, Loaded, Ready, Recovered, Refuse,
+    Resumed, MAX_CONNECTIONS, MAX_REASONS,
 };
 use crate::stream::{decode_runs, Problem, RecordReader, RecordType, StreamError, StreamKind};
 use crate::transport::{Stream, Transport};

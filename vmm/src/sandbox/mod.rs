@@ -63,6 +63,7 @@ pub fn install(mode: SandboxMode) -> Result<(), SandboxError> {
     let whose = || "the process".to_owned();
     let compiled = |error| SandboxError::Compile { whose: whose(), error };
     let failed = |error| SandboxError::Install { whose: whose(), error };
+    read_allocator_settings();
     // All of them can be made: a thread has nobody to complain to.
     for kind in ThreadKind::ALL {
         thread_filter(kind, mode)?;
@@ -99,6 +100,23 @@ pub fn enter(kind: ThreadKind) {
 pub fn enter_engine(name: &str) {
     if let Some(kind) = ThreadKind::of_engine(name) {
         enter(kind);
+    }
+}
+
+/// The first time that a thread gives a lot of memory back, glibc reads /proc/sys/vm/overcommit_memory, and remembers what
+/// it read (`check_may_shrink_heap`, malloc/arena.c). Most threads may open no files, so it is to do that here.
+fn read_allocator_settings() {
+    /// More than a thread's heap keeps (M_TRIM_THRESHOLD, 128 KiB), in pieces that are not mapped by themselves.
+    const PIECES: usize = 32;
+    const PIECE: usize = 100 << 10;
+    let body = || {
+        let pieces: Vec<Vec<u8>> = (0..PIECES).map(|_| Vec::with_capacity(PIECE)).collect();
+        drop(std::hint::black_box(pieces));
+    };
+    // A thread other than the first has a heap of the kind in question.
+    let read = std::thread::Builder::new().name("settings".to_owned()).spawn(body);
+    if read.map(std::thread::JoinHandle::join).is_err() {
+        tracing::debug!("no thread to read the allocator's settings");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::BufWriter;
 use std::sync::Arc;
-use std::thread::{self, ScopedJoinHandle};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::clock::process_cpu_time;
@@ -21,6 +21,7 @@ use crate::report::as_micros;
 use crate::snapshot::write_runs;
 use crate::stream::session::{Drained, Hello, Recovered, MAX_CONNECTIONS};
 use crate::stream::{RecordReader, RecordType, StreamError, StreamKind};
+use crate::threads;
 use crate::transport::{Stream, Transport};
 use crate::volatile_io::discard;
 
@@ -118,7 +119,7 @@ impl Session<'_, '_, '_> {
         };
         self.bring("mig-demand", records, Way::Demand)?;
         for (index, records) in pages.into_iter().enumerate() {
-            self.bring(&format!("mig-recv-{index}"), records, Way::Push)?;
+            self.bring(&format!("mig-bring-{index}"), records, Way::Push)?;
         }
         let Some(drain) = &self.drain else { return Ok(()) };
         let buffered = out.map(|stream| BufWriter::with_capacity(REQUEST_BUFFER, stream));
@@ -137,12 +138,9 @@ impl Session<'_, '_, '_> {
         let Some(drain) = &mut self.drain else { return Ok(()) };
         let (arrivals, inbox) = (Arc::clone(&drain.arrivals), self.sender.clone());
         let generation = self.generation;
-        let thread = thread::Builder::new().name(name.to_owned()).spawn_scoped(
-            self.around.scope,
-            move || {
-                bring_all(records, &arrivals, way, generation, &inbox);
-            },
-        )?;
+        let thread = threads::spawn(self.around.scope, name, move || {
+            bring_all(records, &arrivals, way, generation, &inbox);
+        })?;
         drain.bringers.push(thread);
         Ok(())
     }

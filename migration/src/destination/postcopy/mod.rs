@@ -4,7 +4,7 @@
 //!   the session (receive's thread): waits for the last page; for a new connection when one is lost
 //!      |-- mig-faults     reads page faults, asks for pages. Touches no guest memory, waits for no page
 //!      |-- mig-demand     puts in what was asked for
-//!      `-- mig-recv-N     puts in what the source pushes
+//!      `-- mig-bring-N    puts in what the source pushes
 //! ```
 
 pub(super) mod arrivals;
