@@ -3,7 +3,7 @@
 CARGO ?= cargo
 BEACON = --manifest-path guest-images/beacon/Cargo.toml
 
-.PHONY: help demo test check unit smoke lab guest-images bench bench-linux bench-migration fuzz soak build clean
+.PHONY: help demo test check unit smoke lab guest-images bench bench-linux bench-migration bench-postcopy fuzz soak build clean
 
 help:
 	@echo 'make demo   build, boot the built-in guest, move it live to another process, verified, and on by post-copy'
@@ -12,6 +12,7 @@ help:
 	@echo 'make lab    a shell in that machine, with minivmm; CMD=... runs a command there'
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
 	@echo 'make bench-migration   live migration beside QEMU, with targets, half an hour; ARGS=--quick for a look'
+	@echo 'make bench-postcopy   post-copy beside QEMU, with targets, half an hour; ARGS=--quick for a look'
 	@echo 'make fuzz   the fuzz targets of the virtio devices, FUZZ_SECONDS (60) each; needs cargo-fuzz'
 	@echo 'make soak   every fault in every phase of a migration, then 50 moves of one VM with faults on the way; half an hour'
 	@echo 'make build  the release binary, target/release/minivmm'
@@ -65,6 +66,10 @@ fuzz:
 # A part of it: Linux to its first process, beside QEMU. Without virtualization, in the lab.
 bench-linux: build guest-images
 	$(CARGO) run --release --locked --quiet -p tests --bin bench -- linux
+
+# Post-copy beside QEMU's; the guest that is not migrated is there for its gaps.
+bench-postcopy: build
+	$(CARGO) run --release --locked --quiet -p tests --bin bench-migration -- --parts cells --subjects baseline,postcopy $(ARGS)
 
 # ARGS='--quick' for a look; ARGS=--help for what there is.
 bench-migration: build

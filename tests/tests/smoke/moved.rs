@@ -19,7 +19,7 @@ const COUNTERS: [&str; 4] = ["tick", "copies", "dirtied", "beats"];
 const TICK: Duration = Duration::from_millis(200);
 
 /// Two vCPUs copy files on a disk, stream over TCP, write memory and count while they are migrated:
-/// live there, live back over more connections, and there again standing.
+/// live there, live back over more connections, there again standing, and back and there with memory that follows.
 pub fn there_and_back() {
     let host = Host::new();
     let disk = ext4(&host, "disk.img");
@@ -44,6 +44,8 @@ pub fn there_and_back() {
         &["--downtime", "300ms", "--verify"][..],
         &["--downtime", "300ms", "--connections", "4"],
         &["--mode", "cold"],
+        &["--mode", "postcopy"],
+        &["--mode", "hybrid", "--downtime", "1ms"],
     ] {
         moving.migrate(args);
         stream.goes_on();

@@ -64,6 +64,7 @@ pub fn can_grow(subject: Subject) -> bool {
     match subject {
         Subject::Minivmm { connections } => connections == 1,
         Subject::Qemu { multifd } => multifd.is_none(),
+        Subject::MinivmmPostcopy { .. } | Subject::QemuPostcopy { .. } => false,
         _ => false,
     }
 }

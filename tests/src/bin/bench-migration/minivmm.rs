@@ -34,12 +34,11 @@ pub fn receive(tools: &Tools) -> Result<Incoming> {
     Ok(Incoming { address: address.trim_end_matches([',', '.']).to_owned(), guest })
 }
 
-/// `minivmm migrate`, to its end.
-pub fn migrate(tools: &Tools, name: &str, to: &str, connections: u8) -> Result<Moved> {
-    let connections = connections.to_string();
-    let command = ["migrate", name, "--to", to, "--mode", "precopy", "--downtime", DOWNTIME];
+/// `minivmm migrate`, to its end: `mode` and its flags.
+pub fn migrate(tools: &Tools, name: &str, to: &str, mode: &[&str]) -> Result<Moved> {
+    let command = ["migrate", name, "--to", to, "--downtime", DOWNTIME, "--mode"];
     let begin = Instant::now();
-    let values = tools.minivmm_json(&[&command[..], &["--connections", &connections]].concat())?;
+    let values = tools.minivmm_json(&[&command[..], mode].concat())?;
     let outside = begin.elapsed();
     // Progress may come before it.
     let report = values.into_iter().rfind(|value| value["total_us"].is_number());

@@ -14,7 +14,9 @@ Usage: bench-migration [--quick] [--parts LIST] [--cells LIST] [--subjects LIST]
   --cells LIST     MIB/PAGES_PER_SECOND: working set and dirty rate
                    [default: 16, 256 and 700 MiB, each with 0, 10k and 100k]
   --subjects LIST  baseline, raw-copy, minivmm-1, minivmm-4, qemu-precopy, qemu-multifd,
-                   minivmm and qemu mean both of theirs [default: all]
+                   minivmm and qemu mean both of theirs [default: all of these];
+                   minivmm-postcopy-bubble, -linear, -off, qemu-postcopy, qemu-postcopy-preempt,
+                   postcopy means these five
   --runs N         that count; one before them warms up [default: 5]
   --quick          two cells, two runs, short windows: a look, no figures
   --json FILE      write all samples to FILE
@@ -69,7 +71,7 @@ impl Options {
     pub fn parse(mut arguments: impl Iterator<Item = String>) -> std::result::Result<Self, String> {
         let (mut quick, mut json, mut runs) = (false, None, None);
         let mut parts = PARTS.map(|(_, part)| part).to_vec();
-        let mut subjects = Subject::ALL.to_vec();
+        let mut subjects = Subject::ALL[..Subject::PRECOPY].to_vec();
         let mut cells = None;
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().ok_or(format!("{argument} needs a value\n{USAGE}"));

@@ -47,16 +47,26 @@ fn prepare(qmp: &mut Qmp, subject: Subject) -> Result<()> {
         capabilities.push(json!({ "capability": "multifd", "state": true }));
         parameters["multifd-channels"] = json!(channels);
     }
+    if let Subject::QemuPostcopy { preempt } = subject {
+        capabilities.push(json!({ "capability": "postcopy-ram", "state": true }));
+        capabilities.push(json!({ "capability": "postcopy-preempt", "state": preempt }));
+    }
     qmp.command("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
     qmp.command("migrate-set-parameters", parameters)?;
     Ok(())
 }
 
-/// Migrates, until QEMU says that it is done.
-pub fn migrate(source: &mut Guest, to: &str) -> Result<Moved> {
+/// Migrates, until QEMU says that it is done; with post-copy, which begins at once.
+pub fn migrate(source: &mut Guest, to: &str, postcopy: bool) -> Result<Moved> {
     let qmp = source.qmp()?;
     let begin = Instant::now();
     qmp.command("migrate", json!({ "uri": format!("tcp:{to}") }))?;
+    if postcopy {
+        qmp.event("begin of the migration", |event| {
+            event["event"] == "MIGRATION" && event["data"]["status"] == "active"
+        })?;
+        qmp.command("migrate-start-postcopy", json!({}))?;
+    }
     ended(qmp)?;
     let outside = begin.elapsed();
     let told = told(qmp)?;

@@ -36,7 +36,7 @@ pub fn window(cell: Cell, quick: bool) -> Duration {
 pub fn measure(bench: &Bench, sample: &mut Sample) {
     let measured = match sample.subject {
         Subject::Baseline | Subject::RawCopy => stay(bench, sample),
-        Subject::Minivmm { .. } | Subject::Qemu { .. } => migration(bench, sample),
+        _ => migration(bench, sample),
     };
     if let Err(error) = measured {
         sample.invalid.get_or_insert(error.to_string());

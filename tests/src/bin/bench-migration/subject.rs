@@ -26,18 +26,35 @@ pub enum Subject {
         /// Channels of multifd; `None` without multifd.
         multifd: Option<u8>,
     },
+    /// minivmm, post-copy at once, on one connection.
+    MinivmmPostcopy {
+        /// Its pre-paging, as `--prepaging` has it.
+        prepaging: &'static str,
+    },
+    /// QEMU, post-copy as soon as it lets itself be told to.
+    QemuPostcopy {
+        /// Whether pages that were asked for have a channel of their own.
+        preempt: bool,
+    },
 }
 
 impl Subject {
-    /// All, in the order of tables.
-    pub const ALL: [Self; 6] = [
+    /// All, in the order of tables: first those of pre-copy.
+    pub const ALL: [Self; 11] = [
         Self::Baseline,
         Self::RawCopy,
         Self::Minivmm { connections: 1 },
         Self::Minivmm { connections: 4 },
         Self::Qemu { multifd: None },
         Self::Qemu { multifd: Some(4) },
+        Self::MinivmmPostcopy { prepaging: "bubble" },
+        Self::MinivmmPostcopy { prepaging: "linear" },
+        Self::MinivmmPostcopy { prepaging: "off" },
+        Self::QemuPostcopy { preempt: false },
+        Self::QemuPostcopy { preempt: true },
     ];
+    /// Those of [`Subject::ALL`] that are measured where nothing else is said.
+    pub const PRECOPY: usize = 6;
 
     /// What `--subjects` calls it.
     pub fn key(self) -> String {
@@ -47,6 +64,9 @@ impl Subject {
             Self::Minivmm { connections } => format!("minivmm-{connections}"),
             Self::Qemu { multifd: Some(_) } => "qemu-multifd".into(),
             Self::Qemu { multifd: None } => "qemu-precopy".into(),
+            Self::MinivmmPostcopy { prepaging } => format!("minivmm-postcopy-{prepaging}"),
+            Self::QemuPostcopy { preempt: false } => "qemu-postcopy".into(),
+            Self::QemuPostcopy { preempt: true } => "qemu-postcopy-preempt".into(),
         }
     }
 
@@ -54,8 +74,9 @@ impl Subject {
     pub fn named(word: &str) -> Vec<Self> {
         let mut named = Self::ALL.to_vec();
         named.retain(|subject| match word {
-            "minivmm" => subject.is_minivmm(),
-            "qemu" => subject.is_qemu(),
+            "minivmm" => subject.is_minivmm() && !subject.is_postcopy(),
+            "qemu" => subject.is_qemu() && !subject.is_postcopy(),
+            "postcopy" => subject.is_postcopy(),
             _ => subject.key() == word,
         });
         named
@@ -63,20 +84,25 @@ impl Subject {
 
     /// Whether it is this project's.
     pub fn is_minivmm(self) -> bool {
-        matches!(self, Self::Minivmm { .. })
+        matches!(self, Self::Minivmm { .. } | Self::MinivmmPostcopy { .. })
     }
 
     /// Whether it is QEMU's.
     pub fn is_qemu(self) -> bool {
-        matches!(self, Self::Qemu { .. })
+        matches!(self, Self::Qemu { .. } | Self::QemuPostcopy { .. })
+    }
+
+    /// Whether memory follows the guest.
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Self::MinivmmPostcopy { .. } | Self::QemuPostcopy { .. })
     }
 
     /// The VMM that runs its guest, if that is `without` for those that need none.
     fn vmm(self, without: Vmm) -> Vmm {
         match self {
             Self::Baseline | Self::RawCopy => without,
-            Self::Minivmm { .. } => Vmm::Minivmm,
-            Self::Qemu { .. } => Vmm::QemuRom,
+            Self::Minivmm { .. } | Self::MinivmmPostcopy { .. } => Vmm::Minivmm,
+            Self::Qemu { .. } | Self::QemuPostcopy { .. } => Vmm::QemuRom,
         }
     }
 
@@ -95,8 +121,10 @@ impl Subject {
     /// A process that waits for the guest.
     pub fn receive(self, tools: &Tools, name: &str, setup: &Setup) -> Result<Incoming> {
         match self {
-            Self::Minivmm { .. } => minivmm::receive(tools),
-            Self::Qemu { .. } => qemu::receive(tools, self, name, setup),
+            Self::Minivmm { .. } | Self::MinivmmPostcopy { .. } => minivmm::receive(tools),
+            Self::Qemu { .. } | Self::QemuPostcopy { .. } => {
+                qemu::receive(tools, self, name, setup)
+            }
             Self::Baseline | Self::RawCopy => Err("its guest stays where it is".into()),
         }
     }
@@ -104,8 +132,16 @@ impl Subject {
     /// Migrates the guest and waits until its source has let go of it.
     pub fn migrate(self, tools: &Tools, source: &mut Guest, name: &str, to: &str) -> Result<Moved> {
         match self {
-            Self::Minivmm { connections } => minivmm::migrate(tools, name, to, connections),
-            Self::Qemu { .. } => qemu::migrate(source, to),
+            Self::Minivmm { connections } => {
+                let connections = connections.to_string();
+                minivmm::migrate(tools, name, to, &["precopy", "--connections", &connections])
+            }
+            Self::MinivmmPostcopy { prepaging } => {
+                minivmm::migrate(tools, name, to, &["postcopy", "--prepaging", prepaging])
+            }
+            Self::Qemu { .. } | Self::QemuPostcopy { .. } => {
+                qemu::migrate(source, to, self.is_postcopy())
+            }
             Self::Baseline | Self::RawCopy => Err("its guest stays where it is".into()),
         }
     }
@@ -120,6 +156,9 @@ impl fmt::Display for Subject {
             Self::Minivmm { connections } => write!(f, "minivmm, {connections} connections"),
             Self::Qemu { multifd: None } => write!(f, "QEMU pre-copy"),
             Self::Qemu { multifd: Some(channels) } => write!(f, "QEMU multifd {channels}"),
+            Self::MinivmmPostcopy { prepaging } => write!(f, "minivmm post-copy, {prepaging}"),
+            Self::QemuPostcopy { preempt: false } => write!(f, "QEMU post-copy"),
+            Self::QemuPostcopy { preempt: true } => write!(f, "QEMU post-copy, preempt"),
         }
     }
 }
@@ -255,6 +294,8 @@ mod tests {
     fn words_mean_one_or_all_of_a_vmm() {
         assert_eq!(Subject::named("minivmm").len(), 2);
         assert_eq!(Subject::named("qemu").len(), 2);
+        assert_eq!(Subject::named("postcopy").len(), 5);
+        assert!(Subject::ALL[..Subject::PRECOPY].iter().all(|subject| !subject.is_postcopy()));
         let precopy = Subject::Qemu { multifd: None };
         assert_eq!(Subject::named("qemu-precopy"), [precopy]);
         assert_eq!(Subject::named("baseline"), [Subject::Baseline]);

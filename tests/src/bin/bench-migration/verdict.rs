@@ -9,6 +9,9 @@ use crate::subject::{Cell, Subject};
 pub const GAP_SHARE: f64 = 0.5;
 /// The total time beside QEMU's.
 pub const TOTAL_SHARE: f64 = 0.7;
+/// With post-copy: the guest's work beside QEMU's, and what is good enough, percent.
+pub const POSTCOPY_WORK_SHARE: f64 = 2.0;
+pub const POSTCOPY_WORK: f64 = 90.0;
 /// The pause of an idle guest as the VMM says, ms.
 pub const IDLE_PAUSE_MS: f64 = 3.0;
 /// Throughput on one connection beside the raw copy.
@@ -62,9 +65,16 @@ impl Verdict {
     }
 }
 
-/// QEMU's setting with the smallest median of a quantity.
-fn best_of_qemu(samples: &[Sample], cell: Cell, quantity: Quantity) -> Option<(f64, Subject)> {
-    let qemu = Subject::ALL.into_iter().filter(|subject| subject.is_qemu());
+/// QEMU's setting with the smallest median of a quantity, of those that do the same as `ours`.
+fn best_of_qemu(
+    samples: &[Sample],
+    cell: Cell,
+    quantity: Quantity,
+    ours: Subject,
+) -> Option<(f64, Subject)> {
+    let alike =
+        |subject: &Subject| subject.is_qemu() && subject.is_postcopy() == ours.is_postcopy();
+    let qemu = Subject::ALL.into_iter().filter(alike);
     let medians = qemu
         .filter_map(|subject| Some((Runs::of(samples, cell, subject).median(quantity)?, subject)));
     medians.min_by(|a, b| a.0.total_cmp(&b.0))
@@ -90,22 +100,26 @@ pub fn of_cell(samples: &[Sample], cell: Cell) -> Vec<Verdict> {
             digits: quantity.digits,
             disturbed,
         };
-        let gap = best_of_qemu(samples, cell, SWITCH_GAP);
+        let gap = best_of_qemu(samples, cell, SWITCH_GAP, subject);
         let machine = median(Subject::Baseline, OTHER_GAP);
         let target = Option::zip(gap, machine).map(|(gap, own)| gap.0 * GAP_SHARE + own);
         verdicts.push(verdict(SWITCH_GAP, "switch gap, ms", gap, target));
         if cell.dirty > 0 {
             // Beside the setting that the gap is compared with, in whole percents.
             let work = gap.and_then(|(_, qemu)| Some((median(qemu, WORK)?, qemu)));
-            let target = work.map(|(work, _)| work);
+            let target = work.map(|(work, _)| match subject.is_postcopy() {
+                true => (POSTCOPY_WORK_SHARE * work).min(POSTCOPY_WORK),
+                false => work,
+            });
             let row = verdict(WORK, "guest work, %", work, target);
             verdicts.push(Verdict { at_least: true, digits: 0, ..row });
         } else {
             let row = verdict(TOLD_DOWNTIME, "own pause, ms", None, Some(IDLE_PAUSE_MS));
             verdicts.push(row);
         }
-        let total = best_of_qemu(samples, cell, TOTAL);
-        let target = total.map(|(total, _)| total * TOTAL_SHARE);
+        let total = best_of_qemu(samples, cell, TOTAL, subject);
+        let share = if subject.is_postcopy() { 1.0 } else { TOTAL_SHARE };
+        let target = total.map(|(total, _)| total * share);
         verdicts.push(verdict(TOTAL, "total, s", total, target));
         if subject == (Subject::Minivmm { connections: 1 }) {
             if let Some(limit) = median(Subject::RawCopy, THROUGHPUT) {
