@@ -59,9 +59,9 @@ bench: build
 FUZZ_SECONDS ?= 60
 fuzz: export RUSTC_BOOTSTRAP = 1
 fuzz:
-	cd devices/fuzz && for target in $$($(CARGO) fuzz list); do \
+	for folder in devices migration; do (cd $$folder/fuzz && for target in $$($(CARGO) fuzz list); do \
 	    $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=2048 -len_control=0 || exit 1; \
-	done
+	done) || exit 1; done
 
 # A part of it: Linux to its first process, beside QEMU. Without virtualization, in the lab.
 bench-linux: build guest-images
