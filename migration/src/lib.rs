@@ -10,6 +10,7 @@
 //! - [`stream`]: the records that carry a VM, in a file or over a connection.
 //! - [`snapshot`]: a VM in a file.
 //! - [`threads`]: who is told when a thread of the engine starts.
+//! - [`userfault`]: memory that is missing, and waited for.
 //! - [`volatile_io`]: guest memory to and from sockets, without a copy.
 
 pub mod address;
@@ -32,7 +33,7 @@ pub mod source;
 pub mod stream;
 pub mod threads;
 pub mod transport;
-mod userfault;
+pub mod userfault;
 mod verify;
 pub mod vm;
 pub mod volatile_io;

@@ -9,10 +9,11 @@
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 
-use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, Uffd, UffdBuilder};
+use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, Uffd};
 
 use crate::address::{Gfn, PageRange, PAGE_BYTES, PAGE_SIZE};
 use crate::vm::{GuestMemory, VmError};
@@ -71,30 +72,14 @@ impl Userfault {
     /// # Errors
     /// What is not allowed, and what to do.
     pub(crate) fn open() -> Result<Self, String> {
-        let create = || {
-            UffdBuilder::new()
-                .close_on_exec(true)
-                .non_blocking(true)
-                .user_mode_only(false)
-                .require_features(FeatureFlags::THREAD_ID)
-                .create()
-        };
-        let uffd = match create() {
-            Err(Error::OpenDevUserfaultfd(device)) => by_system_call().map_err(|call| {
+        let uffd = by_device().or_else(|device| {
+            by_system_call().map_err(|call| {
                 format!(
-                    "post-copy needs userfaultfd: /dev/userfaultfd: {device}, userfaultfd(2): {call}; give this user access \
-                     to /dev/userfaultfd, or CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
+                    "post-copy needs userfaultfd: /dev/userfaultfd: {device}, userfaultfd(2): {call}; give this user \
+                     access to /dev/userfaultfd, or CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
                 )
-            })?,
-            Err(error) => {
-                return Err(format!(
-                    "post-copy needs userfaultfd: {}; it takes access to /dev/userfaultfd, CAP_SYS_PTRACE, or \
-                     vm.unprivileged_userfaultfd=1",
-                    explain(&error)
-                ));
-            }
-            Ok(uffd) => uffd,
-        };
+            })
+        })?;
         let uffd = ManuallyDrop::new(uffd);
         Ok(Self { uffd, regions: Vec::new(), may_close: AtomicBool::new(false) })
     }
@@ -243,8 +228,49 @@ impl AsFd for Userfault {
     }
 }
 
-/// The crate takes the system call only where there is no device at all, not where it may not be opened.
+static DEVICE: OnceLock<File> = OnceLock::new();
+
+/// Opens /dev/userfaultfd, for a process that will not be allowed to later. Without effect where it cannot be opened.
+pub fn keep_device() {
+    if let Ok(device) = open_device() {
+        // Kept before is as good.
+        let _ = DEVICE.set(device);
+    }
+}
+
+fn open_device() -> io::Result<File> {
+    File::options().read(true).write(true).open("/dev/userfaultfd")
+}
+
+// The crate's builder takes the system call only where there is no device at all, not where it may not be opened, and has no
+// way to use one that is open.
+
+fn by_device() -> io::Result<Uffd> {
+    /// USERFAULTFD_IOC_NEW: _IO(0xAA, 0x00), linux/userfaultfd.h.
+    const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
+    let opened;
+    let device = match DEVICE.get() {
+        Some(device) => device,
+        None => {
+            opened = open_device()?;
+            &opened
+        }
+    };
+    // SAFETY: takes flags and gives a descriptor.
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, FLAGS) };
+    agree(fd)
+}
+
 fn by_system_call() -> io::Result<Uffd> {
+    // SAFETY: takes flags and gives a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
+    agree(i32::try_from(fd).map_err(io::Error::other)?)
+}
+
+const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
+
+/// Agrees with the kernel on the version and on what is told of a fault.
+fn agree(fd: libc::c_int) -> io::Result<Uffd> {
     #[repr(C)]
     struct Api {
         api: u64,
@@ -254,9 +280,6 @@ fn by_system_call() -> io::Result<Uffd> {
     /// UFFDIO_API: _IOWR(0xAA, 0x3F, struct uffdio_api), linux/userfaultfd.h.
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
     const UFFD_API: u64 = 0xaa;
-    // SAFETY: a system call that takes flags and gives a descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

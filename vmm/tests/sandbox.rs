@@ -138,14 +138,14 @@ fn act(deed: &str) {
         "execute" => drop(Command::new("true").status().unwrap()),
         // What every thread does somewhere: memory of all sizes, hashing, locks, time, output, and the end.
         "live" => {
+            // Small enough to be no mappings of their own, together more than the heap keeps.
+            let pieces: Vec<_> = (0..64).map(|_| vec![1_u8; 100 << 10]).collect();
+            drop(pieces);
             let mut kept = HashMap::new();
             for power in 0..26 {
                 kept.insert(power, vec![1_u8; 1 << power]);
             }
             drop(kept);
-            // Small enough to be no mappings of their own, together more than the heap keeps.
-            let pieces: Vec<_> = (0..64).map(|_| vec![1_u8; 100 << 10]).collect();
-            drop(pieces);
             let (sender, receiver) = std::sync::mpsc::channel::<()>();
             assert!(receiver.recv_timeout(Duration::from_millis(1)).is_err());
             drop(sender);

@@ -126,7 +126,11 @@ impl FrontDoor {
         let failed = |error| RunError::Listen { address: listen.to_owned(), error };
         let acceptor = TcpAcceptor::bind(listen).map_err(failed)?;
         let address = acceptor.local_address().map_err(failed)?.to_string();
-        user.map_or(Ok(()), privileges::become_user)?;
+        if let Some(user) = user {
+            // That user may not.
+            migration::userfault::keep_device();
+            privileges::become_user(user)?;
+        }
         let journal = super::journal()?;
         let records = Records::open()?;
         Ok(Self { acceptor, address, journal, records })

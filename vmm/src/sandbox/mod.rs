@@ -106,7 +106,8 @@ pub fn enter_engine(name: &str) {
 /// The first time that a thread gives a lot of memory back, glibc reads /proc/sys/vm/overcommit_memory, and remembers what
 /// it read (`check_may_shrink_heap`, malloc/arena.c). Most threads may open no files, so it is to do that here.
 fn read_allocator_settings() {
-    /// More than a thread's heap keeps (M_TRIM_THRESHOLD, 128 KiB), in pieces that are not mapped by themselves.
+    /// Together more than a thread's heap keeps (M_TRIM_THRESHOLD: 128 KiB as long as nothing large was given back, as here,
+    /// early in the life of the process), in pieces that are not mapped by themselves.
     const PIECES: usize = 32;
     const PIECE: usize = 100 << 10;
     let body = || {
