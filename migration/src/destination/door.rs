@@ -311,7 +311,7 @@ impl Door {
             let link = MainLink::open(Arc::clone(transport), StreamKind::Continue)?;
             link.write(|out| -> Result<(), StreamError> {
                 out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
-                out.send(&Refuse { reasons: vec!["nothing of that migration is waited for"] })
+                out.send(&Refuse { reasons: vec!["nothing of that migration is waited for: all of its memory came, or its VM has ended"] })
             })?;
             transport.shutdown();
             return Ok(());

@@ -36,7 +36,6 @@ fn assert_complete(outcome: &super::common::Outcome) -> PostcopyReport {
     let report = &outcome.report;
     assert_eq!(report.outcome, Outcome::HandedOver, "{report:?}");
     assert_eq!(outcome.arrival.outcome, Arrival::RunningHere);
-    assert!(outcome.arrival.confirmed);
     let postcopy = report.postcopy.clone().expect("a part of memory followed");
     assert_eq!(postcopy.incomplete, None);
     let there = postcopy.destination.clone().expect("the destination's figures");
@@ -80,6 +79,7 @@ fn memory_follows_by_push() {
         let populated = world.vm.populated().unwrap().count();
         let outcome = world.migrate(&postcopy(connections, true, prepaging));
         let postcopy = assert_complete(&outcome);
+        assert!(outcome.arrival.confirmed);
         assert_eq!(postcopy.missing_pages, populated);
         assert_eq!(outcome.report.pause.unwrap().pages, 0, "none went in the pause");
         world.assert_moved();
@@ -215,6 +215,9 @@ fn a_lost_connection_loses_nothing() {
                         Outcome::RunningHere { .. } => world.assert_back(),
                         _ => {
                             let report = assert_complete(&outcome);
+                            // Only DONE, the last thing of all, is not asked for again.
+                            let done_lost = connection == 0 && outgoing;
+                            assert!(outcome.arrival.confirmed || done_lost);
                             recovered += report.interruptions;
                             world.assert_moved();
                         }

@@ -16,7 +16,6 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         traffic_survives_10_moves_with_1_vcpu,
         traffic_survives_10_moves_with_2_vcpus,
         traffic_survives_10_moves_without_interrupts,
-        traffic_survives_20_live_migrations_with_1_vcpu,
         traffic_survives_20_live_migrations_with_2_vcpus,
         traffic_survives_pauses,
         a_reset_under_load_begins_anew,
@@ -120,20 +119,12 @@ fn survives_saves(notify: &'static str, cpus: &'static str) {
     survives(notify, cpus, SAVES, |busy, _| busy.is_moved());
 }
 
-fn survives_migrations(cpus: &'static str) {
-    survives("irq", cpus, MIGRATIONS, |busy, moves| {
+fn traffic_survives_20_live_migrations_with_2_vcpus() {
+    survives("irq", "2", MIGRATIONS, |busy, moves| {
         let report = busy.is_migrated(moves);
         busy.vm.report_with("an announcement", |field| field("net_announces_acked") >= moves);
         report
     });
-}
-
-fn traffic_survives_20_live_migrations_with_1_vcpu() {
-    survives_migrations("1");
-}
-
-fn traffic_survives_20_live_migrations_with_2_vcpus() {
-    survives_migrations("2");
 }
 
 fn traffic_survives_10_moves_with_1_vcpu() {

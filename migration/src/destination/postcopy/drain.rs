@@ -27,8 +27,8 @@ use crate::volatile_io::discard;
 
 /// How often it is looked whether a request is answered, and progress is told.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// So long a source may come again that does not know yet that all has arrived.
-const LINGER: Duration = Duration::from_secs(60);
+/// So long a source may come again that does not know yet that all has arrived: longer than it waits between two tries.
+const LINGER: Duration = Duration::from_secs(10);
 /// Requests that go out together, bytes.
 const REQUEST_BUFFER: usize = 4096;
 /// Most bytes of a thread's name in DRAINED, and most threads.
