@@ -77,6 +77,11 @@ impl Outgoing {
     /// Another one is under way, or the VM or the host cannot.
     pub fn start(self: &Arc<Self>, request: &MigrateRequest) -> Result<MigrationId, ControlError> {
         let options = options(request, self.machine.config().migration)?;
+        let may_switch = options.mode.may_switch() || options.on_stall == OnStall::Postcopy;
+        if may_switch && self.machine.ram().hugepages() {
+            let message = "post-copy of a VM with huge pages is not possible yet: use precopy";
+            return Err(ControlError::Conflict(message.to_owned()));
+        }
         let failed = |error: &dyn std::fmt::Display| ControlError::Failed(error.to_string());
         if let Some(why) = self.machine.migration_blocker() {
             return Err(ControlError::Conflict(format!("the VM cannot be migrated: {why}")));
@@ -99,7 +104,6 @@ impl Outgoing {
         });
         // It is over only after this lock was given up.
         started.map_err(|error| failed(&error))?;
-        let may_switch = options.mode.may_switch() || options.on_stall == OnStall::Postcopy;
         state.running = Some(Running { id, control, to: request.to.clone(), may_switch });
         Ok(id)
     }
