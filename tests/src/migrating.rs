@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
+use std::time::Instant;
 
 use crate::host::Host;
 use crate::process::{wait, Finished};
@@ -19,6 +20,21 @@ impl Migrating {
         let mut command = host.command(&[&["migrate", "vm", "--to", to], args].concat());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Self(command.spawn().unwrap())
+    }
+
+    /// As [`Migrating::start`], so slow that it is under way until something is done about it: pages are on their way.
+    #[track_caller]
+    pub fn slowly(host: &Host, to: &str, args: &[&str]) -> Self {
+        let slow = Self::start(host, to, &[&["--bandwidth", "64K"], args].concat());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let current = &host.json(&["migration", "vm"])["current"];
+            if current["phase"] == "copying" && current["progress"]["bytes"].as_u64() > Some(0) {
+                return slow;
+            }
+            assert!(Instant::now() < deadline, "{current}");
+            std::thread::yield_now();
+        }
     }
 
     /// Whether it has ended.

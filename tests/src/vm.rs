@@ -128,6 +128,14 @@ impl Vm {
         }
     }
 
+    /// The guest goes on, and all that it ever wrote is right.
+    #[track_caller]
+    pub fn runs_on(&mut self) {
+        let before = self.report();
+        self.goes_on_after(&before);
+        self.verify();
+    }
+
     /// Where it listens for VMs.
     #[track_caller]
     pub fn listens_at(&self) -> String {

@@ -6,7 +6,7 @@ use std::process::{ExitCode, Stdio};
 use std::time::Instant;
 
 use serde_json::Value;
-use tests::{add, kvm, number, Host, Migrating, Suite, Vm, PATIENCE};
+use tests::{add, kvm, number, Host, Migrating, Suite, PATIENCE};
 
 /// A guest that works hard enough to notice what goes wrong, and says so often.
 const BUSY: &str = "ws=8 dirty=4000 pattern=random report=250 pace=0";
@@ -40,29 +40,6 @@ fn migrate(from: &Host, to: &str, args: &[&str]) -> Value {
     let report = from.json(&[&["migrate", "vm", "--to", to], args].concat());
     assert_eq!(report["verdict"], "handed-over", "{report}");
     report
-}
-
-/// A migration so slow that it is under way until something is done about it.
-#[track_caller]
-fn slowly(host: &Host, to: &str, args: &[&str]) -> Migrating {
-    let slow = Migrating::start(host, to, &[&["--bandwidth", "64K"], args].concat());
-    let deadline = Instant::now() + PATIENCE;
-    // Pages are on their way.
-    loop {
-        let current = &host.json(&["migration", "vm"])["current"];
-        if current["phase"] == "copying" && current["progress"]["bytes"].as_u64() > Some(0) {
-            return slow;
-        }
-        assert!(Instant::now() < deadline, "{current}");
-        std::thread::yield_now();
-    }
-}
-
-#[track_caller]
-fn runs_on(vm: &mut Vm) {
-    let before = vm.report();
-    vm.goes_on_after(&before);
-    vm.verify();
 }
 
 fn a_guest_moves_and_its_name_with_it() {
@@ -174,12 +151,12 @@ fn a_destination_that_is_killed_costs_nothing() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to, &[]);
+    let slow = Migrating::slowly(&a, &to, &[]);
     destination.kill_9();
     let finished = slow.end();
     assert_eq!(finished.code, Some(1), "{finished:#?}");
     assert!(finished.stdout.contains("runs here as before"), "{finished:#?}");
-    runs_on(&mut source);
+    source.runs_on();
     // The next attempt has all of the memory.
     let before = source.report();
     let (mut destination, to) = b.receive(&[]);
@@ -193,7 +170,7 @@ fn a_source_that_is_killed_is_told_at_the_destination() {
     let (a, b) = (Host::new(), Host::new());
     let source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to, &[]);
+    let slow = Migrating::slowly(&a, &to, &[]);
     assert_eq!(b.json(&["info", "vm"])["status"], "incoming");
     assert_eq!(b.cli(&["resume", "vm"]).code, Some(5));
     source.kill_9();
@@ -209,7 +186,7 @@ fn a_cancelled_migration_leaves_the_guest_running() {
     let mut source = a.run(BUSY, &[]).ready();
     assert_eq!(a.cli(&["cancel", "vm"]).code, Some(5));
     let (mut destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to, &[]);
+    let slow = Migrating::slowly(&a, &to, &[]);
     let second = a.cli(&["migrate", "vm", "--to", &to]);
     assert_eq!(second.code, Some(5), "{second:#?}");
     a.ok(&["cancel", "vm"]);
@@ -221,7 +198,7 @@ fn a_cancelled_migration_leaves_the_guest_running() {
     for (host, verdict) in [(&a, "running-here"), (&b, "not-here")] {
         assert_eq!(host.json(&["migration"])[0]["verdict"], verdict);
     }
-    runs_on(&mut source);
+    source.runs_on();
     let before = source.report();
     let (mut destination, to) = b.receive(&[]);
     migrate(&a, &to, &["--verify"]);
@@ -234,7 +211,7 @@ fn the_bandwidth_is_changed_under_way() {
     let mut source = a.run(BUSY, &[]).ready();
     let before = source.report();
     let (mut destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to, &["--json"]);
+    let slow = Migrating::slowly(&a, &to, &["--json"]);
     a.ok(&["migrate-set", "vm", "--bandwidth", "0", "--downtime", "50ms"]);
     let finished = slow.end();
     assert_eq!(finished.code, Some(0), "{finished:#?}");
@@ -269,7 +246,7 @@ fn a_guest_that_writes_faster_than_the_bandwidth_is_slowed_down() {
     host.ok(&["cancel", "vm"]);
     assert_eq!(tests::wait(&mut child, PATIENCE).unwrap().code(), Some(1));
     assert_eq!(threads(source.pid(), "throttle"), 0);
-    runs_on(&mut source);
+    source.runs_on();
     drop(abandoned);
 
     let (mut destination, to) = host.receive(&[]);
@@ -280,28 +257,28 @@ fn a_guest_that_writes_faster_than_the_bandwidth_is_slowed_down() {
     assert!((0.1..1.0).contains(&slowest), "{report}");
     source.ends_well();
     assert_eq!(threads(destination.pid(), "throttle"), 0);
-    runs_on(&mut destination);
+    destination.runs_on();
 }
 
 fn a_guest_that_reboots_under_way_arrives() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to, &["--verify"]);
+    let slow = Migrating::slowly(&a, &to, &["--verify"]);
     source.send("reboot");
     source.console.event("reboot");
     source.console.event("ready");
     a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
     assert_eq!(slow.end().code, Some(0));
     source.ends_well();
-    runs_on(&mut destination);
+    destination.runs_on();
 }
 
 fn a_guest_that_powers_off_under_way_ends_here() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to, &[]);
+    let slow = Migrating::slowly(&a, &to, &[]);
     source.send("poweroff");
     source.ends_well();
     assert_ne!(slow.end().code, Some(0));
@@ -314,7 +291,7 @@ fn an_operator_ends_a_vm_under_way() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(BUSY, &[]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to, &[]);
+    let slow = Migrating::slowly(&a, &to, &[]);
     a.ok(&["kill", "vm"]);
     source.ends_well();
     assert_ne!(slow.end().code, Some(0));
@@ -341,7 +318,7 @@ fn what_does_not_fit_is_refused_with_every_reason_on_both_sides() {
         assert!(text.contains("has 512 bytes, the disk at the source 1048576 bytes"), "{text}");
         assert!(text.contains("gone") && text.contains("create it"), "{text}");
     }
-    runs_on(&mut source);
+    source.runs_on();
 }
 
 fn nobody_listens() {
@@ -359,7 +336,7 @@ fn nobody_listens() {
     assert!(wrong.stderr.contains("HOST:PORT"), "{wrong:#?}");
     let report = host.cli(&["receive", "--listen", "300.0.0.1:1"]);
     assert_eq!(report.code, Some(2), "{report:#?}");
-    runs_on(&mut vm);
+    vm.runs_on();
 }
 
 fn only_what_is_unresolved_is_resolved() {

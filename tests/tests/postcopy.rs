@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 use tests::proxy::{Cut, On, Proxy};
-use tests::{add, kvm, number, userfaultfd, Host, Migrating, Suite, Vm, PATIENCE};
+use tests::{add, kvm, number, userfaultfd, Host, Migrating, Suite, PATIENCE};
 
 /// A guest that works hard enough to notice what goes wrong, and says so often.
 const BUSY: &str = "ws=16 dirty=4000 pattern=random report=250 pace=0";
@@ -78,13 +78,6 @@ fn until(what: impl Fn() -> bool) {
     }
 }
 
-#[track_caller]
-fn runs_on(vm: &mut Vm) {
-    let before = vm.report();
-    vm.goes_on_after(&before);
-    vm.verify();
-}
-
 fn memory_follows_by_every_way() {
     for (pattern, cpus, connections, prepaging) in [
         ("sequential", "1", "1", "bubble"),
@@ -131,7 +124,7 @@ fn demand_alone_serves_the_guest() {
             "off" => assert!(asked > 4000 && prepaged == 0, "{there}"),
             _ => assert!(asked < 4000 && prepaged > asked, "{there}"),
         }
-        runs_on(&mut destination);
+        destination.runs_on();
     }
 }
 
@@ -278,7 +271,7 @@ fn a_vm_that_drains_is_left_alone() {
     a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
     assert_eq!(slow.end().code, Some(0));
     source.ends_well();
-    runs_on(&mut destination);
+    destination.runs_on();
     // Now it can move again at once.
     migrate(&b, &there, &["--mode", "postcopy"]);
     destination.ends_well();
@@ -392,5 +385,5 @@ fn what_cannot_be_is_refused() {
     assert!(refused.stderr.contains("checksum"), "{refused:#?}");
     assert_eq!(a.cli(&["migrate", "vm", "--recover"]).code, Some(5));
     assert_eq!(a.cli(&["migrate-start-postcopy", "vm"]).code, Some(5));
-    runs_on(&mut vm);
+    vm.runs_on();
 }

@@ -5,10 +5,9 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{chown, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::Instant;
 
 use serde_json::Value;
-use tests::{add, binary, kvm, namespaces, root, Host, Migrating, Suite, Vm, PATIENCE};
+use tests::{add, binary, kvm, namespaces, root, Host, Migrating, Suite, Vm};
 
 const GUEST: &str = "ws=8 dirty=1000 pattern=random report=250 pace=0";
 /// A user and groups that nobody else has.
@@ -87,27 +86,12 @@ fn every_thread_is_restricted() {
     restricted(vm.pid(), &narrow);
 }
 
-/// A migration so slow that its threads can be looked at.
-#[track_caller]
-fn slowly(host: &Host, to: &str) -> Migrating {
-    let slow = Migrating::start(host, to, &["--bandwidth", "64K", "--connections", "2"]);
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let current = &host.json(&["migration", "vm"])["current"];
-        if current["phase"] == "copying" && current["progress"]["bytes"].as_u64() > Some(0) {
-            return slow;
-        }
-        assert!(Instant::now() < deadline, "{current}");
-        std::thread::yield_now();
-    }
-}
-
 fn every_thread_of_a_migration_is_restricted() {
     let (a, b) = (Host::new(), Host::new());
     let mut source = a.run(GUEST, &[]).ready();
     let before = source.report();
     let (mut destination, to) = b.receive(&[]);
-    let slow = slowly(&a, &to);
+    let slow = Migrating::slowly(&a, &to, &["--connections", "2"]);
     let both = ["vcpu0", "console", "signals", "mig-alive"];
     restricted(source.pid(), &[&both[..], &["mig-main-in", "mig-send-0", "mig-send-1"]].concat());
     let theirs = ["mig-door", "mig-stranger", "mig-recv-0", "mig-recv-1"];
@@ -277,7 +261,7 @@ fn no_log_and_no_answer_tells_the_token() {
     let mut source = a.run(GUEST, &["--log", &log(&logs[0])]).ready();
     let before = source.report();
     let (mut destination, to) = b.receive(&["--log", &log(&logs[1])]);
-    let slow = slowly(&a, &to);
+    let slow = Migrating::slowly(&a, &to, &["--connections", "2"]);
     let mut told = Vec::new();
     for (host, name) in [(&a, "vm"), (&b, "vm@incoming")] {
         for command in ["info", "stats", "events", "migration"] {

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::destination::door::Guests;
+use crate::destination::failure::Failure;
 use crate::destination::receiver::Receiver;
-use crate::destination::session::{Failure, Joined, Session};
+use crate::destination::session::{Joined, Session};
 use crate::destination::{Input, Stage};
 use crate::handover::{Cause, DestinationEvent};
 use crate::identity::Token;

@@ -16,6 +16,7 @@
 mod door;
 #[cfg(test)]
 mod door_tests;
+mod failure;
 mod handshake;
 mod incoming;
 mod postcopy;

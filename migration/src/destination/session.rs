@@ -1,6 +1,5 @@
 //! The runner: does the work of each phase, and what [`crate::handover`] says between them.
 
-use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::{mpsc, Arc};
 use std::thread::Scope;
@@ -8,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::process_cpu_time;
 use crate::destination::door::Door;
+use crate::destination::failure::Failure;
 use crate::destination::postcopy::drain::Drain;
 use crate::destination::receiver::{PageCount, ReceiverStats};
 use crate::destination::{
@@ -17,17 +17,17 @@ use crate::handover::{
     step_destination, Cause, DestinationAction, DestinationEvent, DestinationPhase, Owner,
 };
 use crate::identity::Token;
-use crate::journal::{DestinationEntry, Journal, JournalError};
+use crate::journal::{DestinationEntry, Journal};
 use crate::link::MainLink;
 use crate::page_set::PageSet;
 use crate::report::as_micros;
 use crate::stream::session::{Echo, Loaded, Resumed};
-use crate::stream::{RecordReader, RecordWriter, StreamError};
+use crate::stream::{RecordReader, RecordWriter};
 use crate::threads;
 use crate::transport::{Stream, Transport};
 use crate::userfault::Userfault;
 use crate::verify::{first_difference, hash_memory};
-use crate::vm::{DestinationHost, DestinationVm, Offer, Section, VmError};
+use crate::vm::{DestinationHost, DestinationVm, Offer, Section};
 
 /// How often an undecided destination looks into the journal.
 const JOURNAL_INTERVAL: Duration = Duration::from_millis(200);
@@ -78,42 +78,6 @@ pub(super) fn wait_for_offer(
         resume: Duration::ZERO,
         cpu: Duration::ZERO,
         drain: None,
-    }
-}
-
-/// Why the work of a phase ended early.
-pub(super) struct Failure {
-    pub(super) cause: Cause,
-    pub(super) reasons: Vec<String>,
-}
-
-impl Failure {
-    pub(super) fn new(cause: Cause, reason: impl Into<String>) -> Self {
-        Self { cause, reasons: vec![reason.into()] }
-    }
-}
-
-impl From<VmError> for Failure {
-    fn from(error: VmError) -> Self {
-        Failure::new(Cause::Failed, error.to_string())
-    }
-}
-
-impl From<JournalError> for Failure {
-    fn from(error: JournalError) -> Self {
-        Failure::new(Cause::Failed, error.to_string())
-    }
-}
-
-impl From<StreamError> for Failure {
-    fn from(error: StreamError) -> Self {
-        Failure::new(Cause::Lost, error.problem.to_string())
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Failure::new(Cause::Failed, error.to_string())
     }
 }
 

@@ -556,7 +556,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             skipped_pages: self.skipped_pages,
             cpu_source: process_cpu_time().saturating_sub(self.cpu_started),
             cpu_destination: self.cpu_destination,
-            postcopy: self.postcopy,
+            postcopy: self.postcopy.filter(|_| moved),
         }
     }
 }

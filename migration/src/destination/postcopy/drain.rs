@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use crate::clock::process_cpu_time;
 use crate::destination::door::Guests;
+use crate::destination::failure::Failure;
 use crate::destination::incoming::read_continued;
 use crate::destination::postcopy::arrivals::{Arrivals, Way};
 use crate::destination::postcopy::faults::{self, Requests, StopFaults};
 use crate::destination::postcopy::receivers::bring_all;
 use crate::destination::postcopy::DrainReport;
-use crate::destination::session::{Failure, Session};
+use crate::destination::session::Session;
 use crate::destination::{Draining, Input};
 use crate::handover::Cause;
 use crate::link::MainLink;
@@ -54,10 +55,6 @@ impl Drain<'_> {
             ..self.arrivals.report()
         }
     }
-}
-
-fn stream_failed(error: &StreamError) -> Failure {
-    Failure::new(Cause::Lost, error.problem.to_string())
 }
 
 impl Session<'_, '_, '_> {
@@ -332,8 +329,7 @@ impl Session<'_, '_, '_> {
             connections.clamp(1, self.around.options.max_connections.min(MAX_CONNECTIONS));
         let dead = self.offer.dead;
         transport.set_timeouts(Some(dead), Some(dead))?;
-        let link = MainLink::open(Arc::clone(&transport), StreamKind::Continue)
-            .map_err(|error| stream_failed(&error))?;
+        let link = MainLink::open(Arc::clone(&transport), StreamKind::Continue)?;
         let link = Arc::new(link);
         self.link = Some(Arc::clone(&link));
         self.expect_guests(connections, true);
@@ -346,8 +342,7 @@ impl Session<'_, '_, '_> {
             out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
             out.send(&Recovered { pages: missing.count(), connections })?;
             write_runs(out, RecordType::Missing, &missing)
-        })
-        .map_err(|error| stream_failed(&error))?;
+        })?;
         let (generation, inbox) = (self.generation, self.sender.clone());
         self.spawn("mig-main-in", move || read_continued(records, generation, &inbox))?;
         let interval = self.offer.alive;
