@@ -36,6 +36,8 @@ Exit codes:
   4  no VM of that name runs
   5  refused in the present state (name taken, disk or tap in use, VM migrates, ...)
   6  it did not happen in time
+  7  it is not known which host owns the VM (see `minivmm resolve --help`)
+  8  the VM was handed over, and a part of its memory never followed it
 
 Files:
   Sockets and locks are in $MINIVMM_RUNTIME_DIR, else $XDG_RUNTIME_DIR/minivmm, else
@@ -474,7 +476,7 @@ mod tests {
     #[test]
     fn the_help_tells_every_exit_code() {
         let help = Cli::command().render_long_help().to_string();
-        for code in 0..=super::super::Exit::TimedOut as u8 {
+        for code in 0..=super::super::Exit::Incomplete as u8 {
             assert!(help.contains(&format!("\n  {code}  ")), "exit code {code}");
         }
     }
