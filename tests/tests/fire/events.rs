@@ -25,6 +25,7 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         a_cancel_is_in_time_until_the_commit,
         a_cancel_at_the_destination_is_in_time_until_the_decision,
         a_resolve_is_for_what_is_unresolved,
+        what_came_of_an_older_migration_is_no_answer,
     );
 }
 
@@ -280,4 +281,19 @@ fn a_resolve_is_for_what_is_unresolved() {
         until("an answer", || standing.scene.here.status().is_some());
         runs_and_moves_back(standing.arrives());
     }
+}
+
+/// The command asks what was written down when the process is gone that it was waiting for.
+fn what_came_of_an_older_migration_is_no_answer() {
+    let (here, there) = (Place::plain(), Place::plain());
+    let vm = moves(Scene::vm(&here), &here, &there, &[]);
+    let vm = moves(vm, &there, &here, &[]);
+    let Standing { mut scene, migrating, held } =
+        Standing::of(Scene::with(vm, here, there, None), Phase::Loaded);
+    scene.source.take().unwrap().kill_9();
+    held.release();
+    let finished = migrating.end();
+    assert_eq!((finished.code, finished.stdout.as_str()), (Some(1), ""), "{finished:#?}");
+    scene.there.host.ok(&["resolve", &scene.id(), "--owner", "here"]);
+    runs(scene.destination.as_mut().unwrap(), &scene.before);
 }

@@ -33,6 +33,8 @@ pub(super) fn migrate(args: &MigrateArgs) -> Done {
     let asking = client(&args.name)?;
     let watching = client(&args.name)?;
     let request = args.request();
+    let records = Records::open()?;
+    let older = sent_before(&records, &args.name);
     let (sender, answer) = channel();
     thread::spawn(move || sender.send(asking.migrate(&request)));
     let terminal = io::stderr().is_terminal() && !args.output.json;
@@ -63,8 +65,11 @@ pub(super) fn migrate(args: &MigrateArgs) -> Done {
         Ok(report) => report,
         // The process of a VM that was handed over may end before its answer is out.
         Err(error @ ClientError::Protocol(_)) => {
-            let reports = Records::open()?.of(&args.name).unwrap_or_default();
-            reports.into_iter().next_back().ok_or(error)?
+            let reports = records.of(&args.name).unwrap_or_default();
+            let ours = |report: &Value| {
+                report["direction"] == "outgoing" && !older.contains(&report["id"])
+            };
+            reports.into_iter().rev().find(ours).ok_or(error)?
         }
         Err(error) => return Err(error.into()),
     };
@@ -83,6 +88,12 @@ pub(super) fn migrate(args: &MigrateArgs) -> Done {
         Some("unresolved") => Exit::Unresolved,
         Some(_) => Exit::Failed,
     })
+}
+
+/// Ids of migrations from this host that are over.
+fn sent_before(records: &Records, name: &str) -> Vec<Value> {
+    let reports = records.of(name).unwrap_or_default();
+    reports.into_iter().map(|mut report| report["id"].take()).collect()
 }
 
 fn text(value: &Value) -> String {
