@@ -358,7 +358,7 @@ fn connections_that_dribble_keep_nobody_out_and_nobody_waiting() {
     let silent: Vec<TcpStream> = (0..16)
         .map(|number| {
             let mut socket = connect(&to);
-            socket.write_all(&preamble([b'P', b'Q'][number % 2])).unwrap();
+            socket.write_all(&preamble([b'P', b'Q', b'M'][number % 3])).unwrap();
             socket
         })
         .collect();
@@ -366,7 +366,7 @@ fn connections_that_dribble_keep_nobody_out_and_nobody_waiting() {
         .map(|number| {
             let mut socket = connect(&to);
             std::thread::spawn(move || {
-                socket.write_all(&preamble([b'P', b'Q'][number % 2])).unwrap();
+                socket.write_all(&preamble([b'P', b'Q', b'M'][number % 3])).unwrap();
                 for sequence in 0_u64.. {
                     let mut record = header(0x8001, 1, 0);
                     record[16..24].copy_from_slice(&sequence.to_le_bytes());

@@ -6,7 +6,7 @@ use std::sync::{mpsc, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
-use crate::destination::incoming::read_main;
+use crate::destination::incoming::{read_main, read_offer};
 use crate::destination::Input;
 use crate::handover::Verdict;
 use crate::identity::{MigrationId, Token};
@@ -214,33 +214,39 @@ impl Door {
         }
     }
 
+    /// A source offers a VM. Only a whole offer keeps other sources out: who dribbles does not.
     fn begin(
         &self,
-        records: RecordReader<Stream>,
+        mut records: RecordReader<Stream>,
         transport: &Arc<dyn Transport>,
         standing: &Standing,
     ) -> Result<(), StreamError> {
-        match &self.inbox {
-            Some(inbox) if !self.busy.swap(true, Ordering::AcqRel) => {
-                let begun = read_main(records, transport, inbox, standing);
-                if begun.is_err() {
-                    // It did not come as far as an offer.
-                    self.busy.store(false, Ordering::Release);
-                }
-                begun
+        let inbox = match &self.inbox {
+            Some(inbox) if !self.busy.load(Ordering::Acquire) => inbox,
+            _ => {
+                let hello: Hello<'_> = records.next_record()?.decode("HELLO")?;
+                let id = hello.id;
+                return self.refuse(id, records, transport);
             }
-            _ => self.refuse(records, transport),
+        };
+        let offer = read_offer(&mut records)?;
+        if self.busy.swap(true, Ordering::AcqRel) {
+            return self.refuse(offer.id.0, records, transport);
         }
+        let begun = read_main(offer, records, transport, inbox, standing);
+        if begun.is_err() {
+            // Nobody has heard of it.
+            self.busy.store(false, Ordering::Release);
+        }
+        begun
     }
 
     fn refuse(
         &self,
+        id: [u8; 16],
         mut records: RecordReader<Stream>,
         transport: &Arc<dyn Transport>,
     ) -> Result<(), StreamError> {
-        let record = records.next_record()?;
-        let hello: Hello<'_> = record.decode("HELLO")?;
-        let id = hello.id;
         let link = MainLink::open(Arc::clone(transport), StreamKind::Migration)?;
         link.write(|out| -> Result<(), StreamError> {
             out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;

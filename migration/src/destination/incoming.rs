@@ -37,15 +37,14 @@ const MAX_PAUSED: Duration = Duration::from_secs(24 * 3600);
 /// Longest time between two signs of life that a source may ask for.
 const MAX_DEAD: Duration = Duration::from_secs(60);
 
-/// Reads up to the offer, hands it over, and reads on until the connection ends. `Err` when it
-/// did not come as far as the offer.
+/// Hands the offer over, and reads on until the connection ends. `Err` when it did not come as far.
 pub(super) fn read_main(
+    mut offer: Offer,
     mut records: RecordReader<Stream>,
     transport: &Arc<dyn Transport>,
     inbox: &mpsc::Sender<Input>,
     standing: &Standing,
 ) -> Result<(), StreamError> {
-    let mut offer = read_offer(&mut records)?;
     offer.peer = transport.peer();
     if let Err(error) = transport.set_timeouts(Some(offer.dead), Some(offer.dead)) {
         return Err(records.error(Problem::Read(error)));
@@ -135,7 +134,8 @@ fn expect<'a>(
     Ok(record)
 }
 
-fn read_offer(records: &mut RecordReader<Stream>) -> Result<Offer, StreamError> {
+/// Reads up to the offer.
+pub(super) fn read_offer(records: &mut RecordReader<Stream>) -> Result<Offer, StreamError> {
     let hello: Hello<'_> = records.next_record()?.decode("HELLO")?;
     let id = MigrationId(hello.id);
     let record = expect(records, RecordType::Machine, "MACHINE")?;
