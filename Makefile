@@ -13,7 +13,7 @@ help:
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
 	@echo 'make bench-migration   live migration beside QEMU, with targets, half an hour; ARGS=--quick for a look'
 	@echo 'make bench-postcopy   post-copy beside QEMU, with targets, half an hour; ARGS=--quick for a look'
-	@echo 'make fuzz   the fuzz targets of the virtio devices, FUZZ_SECONDS (60) each; needs cargo-fuzz'
+	@echo 'make fuzz   the fuzz targets of devices, engine and VMM, FUZZ_SECONDS (60) each; needs cargo-fuzz'
 	@echo 'make soak   every fault in every phase of a migration, then 50 moves of one VM with faults on the way; half an hour'
 	@echo 'make build  the release binary, target/release/minivmm'
 
@@ -59,8 +59,8 @@ bench: build
 FUZZ_SECONDS ?= 60
 fuzz: export RUSTC_BOOTSTRAP = 1
 fuzz:
-	for folder in devices migration; do (cd $$folder/fuzz && for target in $$($(CARGO) fuzz list); do \
-	    $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=2048 -len_control=0 || exit 1; \
+	for folder in devices:2048 migration:2048 vmm:12288; do (cd $${folder%:*}/fuzz && for target in $$($(CARGO) fuzz list); do \
+	    $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=$${folder#*:} -len_control=0 || exit 1; \
 	done) || exit 1; done
 
 # A part of it: Linux to its first process, beside QEMU. Without virtualization, in the lab.

@@ -13,11 +13,12 @@ mod targets;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 4] = [
+const TARGETS: [(&str, Target); 5] = [
     ("records", targets::records),
     ("snapshot", targets::snapshot),
     ("journal", targets::journal),
     ("destination", targets::destination),
+    ("source", targets::source),
 ];
 
 #[test]
@@ -35,6 +36,15 @@ fn every_seed_is_survived() {
             }
         }
         assert_ne!(seeds, 0, "{name} has none");
+    }
+}
+
+/// A target that refuses everything at once would find nothing.
+#[test]
+fn an_honest_destination_gets_the_vm() {
+    for mode in 0..4 {
+        let honest = [&[mode][..], &[0; 18]].concat();
+        assert!(targets::migrated(&honest), "mode {mode}");
     }
 }
 
@@ -63,5 +73,10 @@ proptest! {
     #[test]
     fn destination(bytes in proptest::collection::vec(any::<u8>(), 0..60)) {
         targets::destination(&bytes);
+    }
+
+    #[test]
+    fn source(bytes in proptest::collection::vec(any::<u8>(), 0..60)) {
+        targets::source(&bytes);
     }
 }

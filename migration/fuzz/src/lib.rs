@@ -4,10 +4,12 @@
 //! here only after COMMIT. The same functions are run by the fuzz targets and, on a few inputs, by the
 //! ordinary tests (migration/tests/fuzz.rs).
 
+mod answers;
 mod files;
 mod frames;
 mod peer;
 
+pub use answers::{migrated, source};
 pub use files::{journal, snapshot};
 pub use frames::records;
 pub use peer::destination;

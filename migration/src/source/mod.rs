@@ -227,8 +227,8 @@ impl SourceControl {
         self.tell(Input::Resolved(owner));
     }
 
-    /// Stops waiting for a verdict, or for disks that cannot be taken back: [`migrate_to`] returns.
-    /// The VM stays paused.
+    /// Stops waiting for a verdict, for disks that cannot be taken back, or for a destination that
+    /// lacks pages: [`migrate_to`] returns. The VM stays paused. Before that, it does nothing.
     pub fn detach(&self) {
         self.tell(Input::Detach);
     }

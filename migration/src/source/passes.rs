@@ -161,7 +161,10 @@ impl Engine<'_, '_, '_> {
                 Input::GiveUp(_) => {}
                 Input::Recover(to) => self.recover_to = Some(to),
                 Input::Resolved(owner) => self.resolved = Some(owner),
-                Input::Detach => self.detached = true,
+                // Before that there is an end to wait for, and the guest may run here.
+                Input::Detach => {
+                    self.detached |= self.phase.is_final() || self.phase == SourcePhase::Unresolved;
+                }
             }
         }
     }

@@ -21,6 +21,7 @@ use migration::journal::{Entry, EntryState, Journal, JournalError, Side};
 pub use incoming::{FrontDoor, Received, Stage};
 pub use outgoing::{Ended, Outgoing};
 pub use records::Records;
+pub use resources::ResourcesV1;
 
 use crate::state_dir::{self, StateDirError};
 

@@ -299,7 +299,10 @@ impl Outgoing {
     #[must_use]
     pub fn end(&self) -> Ended {
         while let Some(control) = self.control() {
-            let stuck = control.phase() == SourcePhase::Unresolved || control.is_interrupted();
+            let stuck = match control.phase() {
+                SourcePhase::Unresolved | SourcePhase::RolledBack => true,
+                _ => control.is_interrupted(),
+            };
             if !control.guest_ended() && stuck {
                 control.detach();
             }

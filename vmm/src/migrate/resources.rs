@@ -10,7 +10,7 @@ use crate::identity::plain_payload;
 
 /// Backends, version 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ResourcesV1 {
+pub struct ResourcesV1 {
     disks: Vec<DiskV1>,
 }
 
