@@ -16,6 +16,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod network;
 pub mod privileges;
 pub mod process;
 pub mod run;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use super::migrate_args::{MigrateArgs, MigrateSetArgs, MigrationArgs, ReceiveArgs, ResolveArgs};
+use super::network::NetworkArgs;
 use crate::config::{
     parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_size, BalloonConfig,
     ConfigError, ConsoleConfig, DiskConfig, LogConfig, MigrationOptions, NetOptions, OnReboot,
@@ -33,8 +34,8 @@ Exit codes:
   1  it was tried and failed
   2  wrong usage or configuration
   3  the guest crashed
-  4  no VM of that name runs
-  5  refused in the present state (name taken, disk or tap in use, VM migrates, ...)
+  4  no VM of that name runs; network: there is none of that name
+  5  refused in the present state (name taken, disk, tap or network in use, VM migrates, ...)
   6  it did not happen in time
   7  it is not known which host owns the VM (see `minivmm resolve --help`)
   8  the VM was handed over, and a part of its memory never followed it
@@ -99,6 +100,8 @@ pub(super) enum Command {
     Cancel(Named),
     /// Decide who owns a VM when the other host of a migration is gone for good
     Resolve(ResolveArgs),
+    /// Declare the networks of this host that network cards are attached to by name
+    Network(NetworkArgs),
 }
 
 /// What `run` and `restore` have in common.

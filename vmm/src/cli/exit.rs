@@ -9,6 +9,7 @@ use migration::journal::JournalError;
 use crate::api::ClientError;
 use crate::config::ConfigError;
 use crate::migrate::LogbookError;
+use crate::network::NetworkError;
 use crate::runtime_dir::RuntimeDirError;
 
 /// Exit codes of `minivmm`; also in its help.
@@ -23,7 +24,7 @@ pub enum Exit {
     Usage = 2,
     /// The guest crashed.
     GuestCrashed = 3,
-    /// No VM of that name runs.
+    /// No VM of that name runs, or no such network.
     NoSuchVm = 4,
     /// Refused in the present state: name taken, VM migrates, ...
     Refused = 5,
@@ -110,6 +111,18 @@ impl From<LogbookError> for CliError {
         let exit = match error {
             LogbookError::Journal(JournalError::NotUnresolved { .. }) => Exit::Refused,
             LogbookError::NoSuchMigration(_) | LogbookError::Ambiguous(_) => Exit::Usage,
+            _ => Exit::Failed,
+        };
+        Self::new(exit, error)
+    }
+}
+
+impl From<NetworkError> for CliError {
+    fn from(error: NetworkError) -> Self {
+        let exit = match error {
+            NetworkError::NoSuchNetwork(_) => Exit::NoSuchVm,
+            _ if error.is_refused() => Exit::Refused,
+            _ if error.is_about_what_was_asked() => Exit::Usage,
             _ => Exit::Failed,
         };
         Self::new(exit, error)

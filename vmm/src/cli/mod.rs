@@ -8,6 +8,7 @@ mod attach;
 mod exit;
 mod migrate_args;
 mod migration;
+mod network;
 mod output;
 mod signals;
 mod vm_commands;

@@ -13,7 +13,7 @@ use super::args::{
 };
 use super::output::{duration, fields, table, timestamp};
 use super::wait::VmProcess;
-use super::{attach, migration, CliError, Exit};
+use super::{attach, migration, network, CliError, Exit};
 use crate::api::{
     BalloonRequest, Client, ClientError, LinkRequest, SaveRequest, LOOK_AGAIN, LOOK_UP,
 };
@@ -70,6 +70,7 @@ pub(super) fn run(command: Command) -> Done {
         }
         Command::Cancel(Named { name, output }) => migration::cancel(&name, &output),
         Command::Resolve(args) => migration::resolve(&args),
+        Command::Network(args) => network::run(args),
         Command::Run(_) | Command::Restore(_) | Command::Receive(_) => {
             Err(CliError::text(Exit::Failed, "this is no command to a running VM"))
         }
