@@ -65,11 +65,13 @@ pub enum Mode {
     Precopy,
     /// While it stands.
     Cold,
+    /// After it.
+    Postcopy,
 }
 
 impl Mode {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Precopy, Self::Cold];
+    pub const ALL: [Self; 3] = [Self::Precopy, Self::Cold, Self::Postcopy];
 
     /// As `minivmm migrate --mode` has it.
     #[must_use]
@@ -77,6 +79,7 @@ impl Mode {
         match self {
             Self::Precopy => "precopy",
             Self::Cold => "cold",
+            Self::Postcopy => "postcopy",
         }
     }
 }
@@ -155,9 +158,19 @@ impl Case {
     }
 
     fn can_be(&self) -> bool {
-        // A cold migration has no round while the guest runs.
-        let copies = !(self.mode == Mode::Cold && self.phase == Phase::Copying);
+        // Only then are there rounds while the guest runs.
+        let copies = self.mode == Mode::Precopy || self.phase != Phase::Copying;
+        // Half a VM is on each host then: the death of either is of tests/tests/postcopy.rs.
+        let halves = self.mode == Mode::Postcopy
+            && match self.fault {
+                Fault::KillSource | Fault::LoseSource => self.phase >= Phase::Stopping,
+                Fault::KillDestination | Fault::LoseDestination => {
+                    self.phase >= Phase::CommitArrived
+                }
+                _ => false,
+            };
         copies
+            && !halves
             && match self.fault {
                 Fault::CutPages => self.phase > Phase::Offering,
                 Fault::FlipHeader => self.phase != Phase::CommitArrived,
@@ -219,6 +232,10 @@ impl Case {
             Fault::KillDestination if phase == Phase::CommitArrived => &[Source, Nobody],
             Fault::KillDestination | Fault::LoseDestination => &[Nobody],
 
+            // It is lost before the source commits, or made again after that.
+            Fault::CutPages if self.mode == Mode::Postcopy && phase >= Phase::Loaded => {
+                &[Source, Destination]
+            }
             // After SYNC there is nothing more to come.
             Fault::CutPages if phase >= Phase::Loaded => &[Destination],
             // What it does not need any more it cannot lack.
