@@ -7,15 +7,14 @@ use tests::{add, number, Host, Need, Suite, Traffic, Vm};
 use super::disk;
 
 /// How often a VM is saved and restored.
-const SAVES: u64 = 10;
+const SAVES: u64 = 5;
 /// How often a VM is carried from host to host and back.
 const MIGRATIONS: u64 = 20;
 
 pub fn add(suite: &mut Suite, needs: &[&Need]) {
     add!(suite, needs;
-        traffic_survives_10_moves_with_1_vcpu,
-        traffic_survives_10_moves_with_2_vcpus,
-        traffic_survives_10_moves_without_interrupts,
+        traffic_survives_5_moves_with_2_vcpus,
+        traffic_survives_5_moves_without_interrupts,
         traffic_survives_20_live_migrations_with_2_vcpus,
         traffic_survives_pauses,
         a_reset_under_load_begins_anew,
@@ -127,15 +126,11 @@ fn traffic_survives_20_live_migrations_with_2_vcpus() {
     });
 }
 
-fn traffic_survives_10_moves_with_1_vcpu() {
-    survives_saves("irq", "1");
-}
-
-fn traffic_survives_10_moves_with_2_vcpus() {
+fn traffic_survives_5_moves_with_2_vcpus() {
     survives_saves("irq", "2");
 }
 
-fn traffic_survives_10_moves_without_interrupts() {
+fn traffic_survives_5_moves_without_interrupts() {
     survives_saves("poll", "1");
 }
 
