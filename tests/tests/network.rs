@@ -8,12 +8,16 @@ use serde_json::Value;
 use tests::network::{in_private_network, ip};
 use tests::{add, finish, network_namespaces, root, Finished, Host, Need, Suite};
 
+#[path = "network/attached.rs"]
+mod attached;
 #[path = "network/declared.rs"]
 mod declared;
 #[path = "network/refused.rs"]
 mod refused;
 #[path = "network/switch.rs"]
 mod switch;
+#[path = "network/topology.rs"]
+mod topology;
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
@@ -22,6 +26,8 @@ fn main() -> ExitCode {
     declared::add(&mut suite, &needs, &nft);
     refused::add(&mut suite, &needs, &nft);
     switch::add(&mut suite, &needs);
+    attached::add(&mut suite, &needs);
+    topology::add(&mut suite, &needs);
     suite.run()
 }
 

@@ -7,8 +7,8 @@ use kvm_bindings::{kvm_cpuid_entry2, CpuId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    BalloonConfig, CacheMode, ConsoleConfig, DiskConfig, Mac, MemoryConfig, MigrationConfig,
-    NetConfig, OnReboot, VmConfig,
+    Attachment, BalloonConfig, CacheMode, ConsoleConfig, DiskConfig, Mac, MemoryConfig,
+    MigrationConfig, NetConfig, OnReboot, VmConfig,
 };
 use crate::cpu::missing_features;
 use crate::kvm::{HostKvm, KvmError};
@@ -83,6 +83,7 @@ enum CacheV1 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct NetV1 {
     id: String,
+    /// The tap's name alone, or what else it is plugged into as text.
     tap: String,
     mac: [u8; 6],
     mtu: Option<u16>,
@@ -208,7 +209,10 @@ impl From<&VmConfig> for ConfigV2 {
                 CacheMode::Unsafe => CacheV1::Unsafe,
             },
         };
-        let net = |net: NetConfig| NetV1 { id: net.id, tap: net.tap, mac: net.mac.0, mtu: net.mtu };
+        let net = |NetConfig { id, attachment, mac, mtu }: NetConfig| {
+            let tap = attachment.tap().map_or_else(|| attachment.to_string(), ToOwned::to_owned);
+            NetV1 { id, tap, mac: mac.0, mtu }
+        };
         Self {
             machine,
             disks: config.disks.into_iter().map(disk).collect(),
@@ -232,8 +236,11 @@ impl From<ConfigV2> for VmConfig {
                 CacheV1::Unsafe => CacheMode::Unsafe,
             },
         };
-        let net =
-            |net: NetV1| NetConfig { id: net.id, tap: net.tap, mac: Mac(net.mac), mtu: net.mtu };
+        let net = |NetV1 { id, tap, mac, mtu }: NetV1| {
+            // What is no name at all is found when the configuration is validated.
+            let attachment = tap.parse().unwrap_or(Attachment::Tap(tap));
+            NetConfig { id, attachment, mac: Mac(mac), mtu }
+        };
         Self {
             disks: saved.disks.into_iter().map(disk).collect(),
             nets: saved.nets.into_iter().map(net).collect(),
@@ -335,7 +342,7 @@ mod tests {
             disks: vec!["id=d,path=/d,readonly".parse().unwrap()],
             nets: vec![NetConfig {
                 id: "n".into(),
-                tap: "t".into(),
+                attachment: Attachment::Tap("t".into()),
                 mac: Mac([2, 0, 0, 0, 0, 1]),
                 mtu: Some(1400),
             }],
@@ -386,6 +393,16 @@ mod tests {
         let expected = [&VERSION_1[..], &DEVICES_OF_VERSION_2, &limits].concat();
         assert_eq!((payload.version, &payload.data), (3, &expected));
         assert_eq!(decode_config(payload.version, payload.data).unwrap(), config());
+    }
+
+    #[test]
+    fn a_card_on_a_network_is_saved_by_its_name() {
+        let mut before = config();
+        for text in ["network=blue", "bridge=br0", "tap=t"] {
+            before.nets[0].attachment = text.parse().unwrap();
+            let payload = encode_config(&before).unwrap();
+            assert_eq!(decode_config(payload.version, payload.data).unwrap(), before);
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::events::EventLog;
 use crate::kvm::{HostKvm, KvmError};
 use crate::machine::{BootMedia, Machine, MachineBuilder, MachineError};
 use crate::migrate::{Ended, FrontDoor, LogbookError, Received, Stage};
+use crate::network::{self, NetworkError};
 use crate::privileges::PrivilegeError;
 use crate::runtime_dir::{ClaimedName, Pidfile, RuntimeDir, RuntimeDirError};
 use crate::sandbox::{self, SandboxError};
@@ -79,6 +80,9 @@ pub enum RunError {
     /// Backends for the saved VM that cannot be.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Networks that cards are to be plugged into.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// Console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -131,10 +135,21 @@ impl From<RunEnd> for Exit {
     }
 }
 
+/// A card that cannot be plugged in: a network that is not there is a wrong name here.
+fn plugged(error: NetworkError) -> CliError {
+    let exit = match () {
+        () if error.is_refused() => Exit::Refused,
+        () if error.is_about_what_was_asked() => Exit::Usage,
+        () => Exit::Failed,
+    };
+    CliError::new(exit, error)
+}
+
 impl From<RunError> for CliError {
     fn from(error: RunError) -> Self {
         let exit = match error {
             RunError::RuntimeDir(error) => return error.into(),
+            RunError::Network(error) => return plugged(error),
             RunError::Unresolved(_) => Exit::Unresolved,
             // What was asked for cannot be: another command line may do.
             RunError::Privileges(
@@ -165,8 +180,10 @@ impl From<RunError> for CliError {
 
 /// Boots a VM and stays until it has ended.
 pub fn run(settings: RunSettings) -> Result<RunEnd, RunError> {
-    let RunSettings { vm: config, process } = settings;
+    let RunSettings { vm: mut config, process } = settings;
     restrict(&process)?;
+    network::offer_mtus(&mut config.nets)?;
+    can_be_plugged_in(&config)?;
     let host = HostKvm::open()?;
     let media = open_media(&config)?;
     let name = RuntimeDir::open()?.claim(&config.name)?;
@@ -188,7 +205,13 @@ pub fn restore(settings: RestoreSettings) -> Result<RunEnd, RunError> {
         (None, saved) => saved,
     };
     let name = RuntimeDir::open()?.claim(&config.name)?;
+    can_be_plugged_in(&config)?;
     run_machine(&host, name, &settings.process, config, media, Some((cpuid, loader)))
+}
+
+/// The first reason why a network card cannot be plugged in.
+fn can_be_plugged_in(config: &VmConfig) -> Result<(), NetworkError> {
+    network::obstacles(&config.nets, None).into_iter().next().map_or(Ok(()), Err)
 }
 
 /// Leaves this process the system calls that it needs. There is no other thread yet.

@@ -200,10 +200,13 @@ pub(super) struct RunArgs {
     /// storage when it flushes (writeback), at once, or never for certain (unsafe).
     #[arg(long = "disk", value_name = "SETTINGS")]
     disks: Vec<DiskConfig>,
-    /// Network card: id=NAME,tap=INTERFACE[,mac=ADDRESS][,mtu=BYTES]; may be repeated
+    /// Network card: id=NAME,tap=INTERFACE|bridge=BRIDGE|network=NAME[,mac=ADDRESS][,mtu=BYTES]; may
+    /// be repeated
     ///
-    /// The tap must exist (ip tuntap add dev tap0 mode tap). Without mac, the address is made from
-    /// the names of VM and card.
+    /// A tap must exist (ip tuntap add dev tap0 mode tap). On a bridge, or a network of
+    /// `minivmm network`, a tap is made for as long as the VM's process lives, which takes
+    /// CAP_NET_ADMIN. Without mac, the address is made from the names of VM and card; without mtu, a guest
+    /// on a network is told the network's.
     #[arg(long = "net", value_name = "SETTINGS")]
     nets: Vec<NetOptions>,
     /// Give the guest random numbers of the host
@@ -269,8 +272,8 @@ pub(super) struct RestoreArgs {
     /// Another file or block device for a disk: ID=PATH; may be repeated
     #[arg(long = "disk", value_name = "ID=PATH")]
     disks: Vec<Replacement>,
-    /// Another tap for a network card: ID=TAP; may be repeated
-    #[arg(long = "net", value_name = "ID=TAP")]
+    /// Another tap, bridge or network for a network card: ID=TAP, ID=bridge=BRIDGE, ID=network=NAME; may be repeated
+    #[arg(long = "net", value_name = "ID=WHERE")]
     nets: Vec<Replacement>,
     #[command(flatten)]
     process: ProcessArgs,

@@ -17,7 +17,7 @@ every VM that is to come needs a `minivmm receive` of its own. When a migration 
 waits for the next one, unless --once is given. While it has a VM, it goes on answering what became of
 migrations to this host.
 
-The VM brings its configuration, kernel and initrd along; disks and taps must be here under the same
+The VM brings its configuration, kernel and initrd along; disks, taps, bridges and networks must be here under the same
 names, or be named with --disk and --net. On the host that the VM comes from, it is called
 NAME@incoming until it was handed over. With --paused, the VM is this host's when it has come, and its
 guest goes on at `minivmm resume`.
@@ -35,8 +35,8 @@ pub(super) struct ReceiveArgs {
     /// Another file or block device for a disk: ID=PATH; may be repeated
     #[arg(long = "disk", value_name = "ID=PATH")]
     disks: Vec<Replacement>,
-    /// Another tap for a network card: ID=TAP; may be repeated
-    #[arg(long = "net", value_name = "ID=TAP")]
+    /// Another tap, bridge or network for a network card: ID=TAP, ID=bridge=BRIDGE, ID=network=NAME; may be repeated
+    #[arg(long = "net", value_name = "ID=WHERE")]
     nets: Vec<Replacement>,
     /// End, with exit code 1, when the first migration fails, rather than wait for another
     #[arg(long)]

@@ -234,9 +234,9 @@ fn disk_text(disk: &DiskConfig) -> String {
 }
 
 fn net_text(net: &NetConfig) -> String {
-    let NetConfig { id, tap, mac, mtu } = net;
+    let NetConfig { id, attachment, mac, mtu } = net;
     let mtu = mtu.map_or_else(String::new, |mtu| format!(", MTU {mtu}"));
-    format!("{id}: {tap}, {mac}{mtu}")
+    format!("{id}: {attachment}, {mac}{mtu}")
 }
 
 fn stats_text(stats: &VmStats) -> String {

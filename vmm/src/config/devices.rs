@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::value::{parse_id, parse_path};
-use super::ConfigError;
+use super::{Attachment, ConfigError};
 
 /// Most virtio devices of a VM: one interrupt line of the I/O APIC each.
 pub const MAX_DEVICES: usize = 16;
@@ -50,8 +50,8 @@ pub enum CacheMode {
 pub struct NetOptions {
     /// See [`NetConfig::id`].
     pub id: String,
-    /// See [`NetConfig::tap`].
-    pub tap: String,
+    /// See [`NetConfig::attachment`].
+    pub attachment: Attachment,
     /// See [`NetConfig::mac`]; made from the names of VM and card when absent.
     pub mac: Option<Mac>,
     /// See [`NetConfig::mtu`].
@@ -64,8 +64,8 @@ pub struct NetOptions {
 pub struct NetConfig {
     /// Name of the card, unique among the VM's disks and network cards.
     pub id: String,
-    /// The tap interface that it is plugged into.
-    pub tap: String,
+    /// What it is plugged into.
+    pub attachment: Attachment,
     /// Its Ethernet address.
     pub mac: Mac,
     /// The MTU that the guest is told, if any, bytes.
@@ -247,10 +247,17 @@ impl FromStr for NetOptions {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let mut settings = Settings::parse("--net", "id, tap, mac and mtu", text);
+        let mut settings = Settings::parse("--net", "id, tap, bridge, network, mac and mtu", text);
+        let id = parse_id(settings.required("id")?)?;
+        let attachment = attachment_of(
+            &format!("--net id={id}"),
+            settings.value("tap")?,
+            settings.value("bridge")?,
+            settings.value("network")?,
+        )?;
         let net = Self {
-            id: parse_id(settings.required("id")?)?,
-            tap: parse_tap(settings.required("tap")?)?,
+            id,
+            attachment,
             mac: settings.value("mac")?.map(str::parse).transpose()?,
             mtu: settings.value("mtu")?.map(parse_mtu).transpose()?,
         };
@@ -278,7 +285,7 @@ impl FromStr for BalloonConfig {
 pub struct Replacement {
     /// Which device.
     pub id: String,
-    /// Path of the disk, or name of the tap.
+    /// Path of the disk, or what the card is plugged into.
     pub backend: String,
 }
 
@@ -292,6 +299,21 @@ impl FromStr for Replacement {
             }
             _ => Err(ConfigError::Replacement(text.to_owned())),
         }
+    }
+}
+
+/// What the card that is described in `whose` is plugged into, of the three settings for that.
+pub(super) fn attachment_of(
+    whose: &str,
+    tap: Option<&str>,
+    bridge: Option<&str>,
+    network: Option<&str>,
+) -> Result<Attachment, ConfigError> {
+    match (tap, bridge, network) {
+        (Some(tap), None, None) => format!("tap={tap}").parse(),
+        (None, Some(bridge), None) => format!("bridge={bridge}").parse(),
+        (None, None, Some(network)) => format!("network={network}").parse(),
+        _ => Err(ConfigError::Attachment(whose.to_owned())),
     }
 }
 
@@ -336,13 +358,14 @@ pub(super) fn validate(
         parse_id(id)?;
     }
     for net in nets {
-        parse_tap(&net.tap)?;
+        net.attachment.validate()?;
         net.mtu.map(|mtu| parse_mtu(&mtu.to_string())).transpose()?;
     }
     let ids = disks.iter().map(|d| d.id.clone()).chain(nets.iter().map(|n| n.id.clone()));
     unique("id", ids)?;
     unique("disk", disks.iter().map(|d| d.path.display().to_string()))?;
-    unique("tap", nets.iter().map(|n| n.tap.clone()))?;
+    let taps = nets.iter().filter_map(|net| net.attachment.tap());
+    unique("tap", taps.map(ToOwned::to_owned))?;
     unique("MAC address", nets.iter().map(|n| n.mac.to_string()))
 }
 
@@ -366,8 +389,8 @@ mod tests {
     }
 
     fn net(text: &str) -> NetConfig {
-        let NetOptions { id, tap, mac, mtu } = text.parse().unwrap();
-        NetConfig { mac: mac.unwrap_or(Mac::from_names("vm", &id)), id, tap, mtu }
+        let NetOptions { id, attachment, mac, mtu } = text.parse().unwrap();
+        NetConfig { mac: mac.unwrap_or(Mac::from_names("vm", &id)), id, attachment, mtu }
     }
 
     #[test]
@@ -442,7 +465,7 @@ mod tests {
         assert_eq!(twice(&both, &[same]), "id a is given to two devices: change one");
         let same = DiskConfig { path: "/a".into(), ..b };
         assert_eq!(twice(&[a, same], &[]), "disk /a is given to two devices: change one");
-        let same = NetConfig { tap: "c".into(), ..d.clone() };
+        let same = NetConfig { attachment: c.attachment.clone(), ..d.clone() };
         assert_eq!(twice(&[], &[c.clone(), same]), "tap c is given to two devices: change one");
         let same = NetConfig { mac: c.mac, ..d };
         assert!(twice(&[], &[c, same]).starts_with("MAC address 52:54:"));

@@ -197,12 +197,21 @@ pub enum ConfigError {
         "{0:?} is no name of a tap interface: use at most 15 characters, without / : and space"
     )]
     Tap(String),
+    /// Not a name that a bridge can have.
+    #[error("{0:?} is no name of a bridge: use at most 15 characters, without / : and space")]
+    Bridge(String),
+    /// Not a name that a network can have.
+    #[error("{0:?} is no name of a network: use 1 to 10 characters out of [A-Za-z0-9_-], a letter or a digit first")]
+    Network(String),
+    /// A card that is plugged into nothing, or into several things.
+    #[error("{0} has to be plugged into one thing: write tap=TAP, bridge=BRIDGE or network=NAME")]
+    Attachment(String),
     /// Not an MTU.
     #[error("{0:?} is no MTU: use 68 to 65535 bytes")]
     Mtu(String),
     /// Not another backend for a device.
     #[error(
-        "{0:?} names no backend for a device: write ID=PATH for a disk, ID=TAP for a network card"
+        "{0:?} names no backend for a device: write ID=PATH for a disk, ID=TAP, ID=bridge=BRIDGE or ID=network=NAME for a network card"
     )]
     Replacement(String),
     /// A backend for a device that is not there.

@@ -29,7 +29,7 @@
 //!
 //! [[net]]                       # one table for each network card
 //! id = "eth0"
-//! tap = "tap0"
+//! tap = "tap0"                   # or bridge = "br0", or network = "blue"
 //! mac = "52:54:00:12:34:56"
 //! mtu = 1500
 //!
@@ -49,6 +49,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
+use super::devices::attachment_of;
 use super::{
     value, BalloonConfig, CacheMode, ConfigError, ConsoleConfig, DiskConfig, LogConfig, Mac,
     MigrationOptions, NetOptions, OnReboot, RunOptions, SandboxMode,
@@ -118,8 +119,9 @@ struct FileDisk {
 struct FileNet {
     #[serde(deserialize_with = "id")]
     id: String,
-    #[serde(deserialize_with = "tap")]
-    tap: String,
+    tap: Option<String>,
+    bridge: Option<String>,
+    network: Option<String>,
     mac: Option<Mac>,
     #[serde(default, deserialize_with = "mtu")]
     mtu: Option<u16>,
@@ -181,6 +183,13 @@ impl RunOptions {
             };
             wrong(key, e.into_inner())
         })?;
+        let net = |FileNet { id, tap, bridge, network, mac, mtu }: FileNet| {
+            let whose = format!("{}: the network card {id}", path.display());
+            let (tap, bridge) = (tap.as_deref(), bridge.as_deref());
+            let attachment = attachment_of(&whose, tap, bridge, network.as_deref())?;
+            Ok(NetOptions { id, attachment, mac, mtu })
+        };
+        let nets = file.net.into_iter().map(net).collect::<Result<_, ConfigError>>()?;
         Ok(Self {
             name: file.name,
             kernel: file.kernel,
@@ -204,9 +213,7 @@ impl RunOptions {
                     cache,
                 })
                 .collect(),
-            nets: (file.net.into_iter())
-                .map(|FileNet { id, tap, mac, mtu }| NetOptions { id, tap, mac, mtu })
-                .collect(),
+            nets,
             rng: file.rng,
             balloon: file.balloon,
             virtio_console: file.virtio_console,
@@ -290,10 +297,6 @@ fn id<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
 
 fn disk_path<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
     needed(d, |t| value::parse_path(t, "the disk"))
-}
-
-fn tap<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
-    needed(d, super::parse_tap)
 }
 
 fn mtu<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u16>, D::Error> {

@@ -3,6 +3,7 @@
 //! Flags and file each give [`RunOptions`]; the flags are laid over the file, defaults fill the
 //! rest, and [`RunOptions::finish`] gives a validated [`RunSettings`].
 
+mod attachment;
 mod devices;
 mod error;
 mod file;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use migration::source::Limits;
 use serde::{Deserialize, Serialize};
 
+pub use attachment::Attachment;
 pub use devices::{
     parse_mtu, parse_tap, BalloonConfig, CacheMode, DiskConfig, Mac, NetConfig, NetOptions,
     Replacement, MAX_DEVICES,

@@ -139,9 +139,9 @@ impl RunOptions {
         let default_cmdline = if kernel.is_some() { "console=ttyS0" } else { "" };
         let name = self.name.unwrap_or_else(|| default_name.to_owned());
         let disk = |disk: DiskConfig| Ok(DiskConfig { path: absolute(disk.path)?, ..disk });
-        let net = |NetOptions { id, tap, mac, mtu }| {
+        let net = |NetOptions { id, attachment, mac, mtu }| {
             let mac = mac.unwrap_or_else(|| Mac::from_names(&name, &id));
-            NetConfig { id, tap, mac, mtu }
+            NetConfig { id, attachment, mac, mtu }
         };
         let vm = VmConfig {
             disks: self.disks.into_iter().map(disk).collect::<Result<_, _>>()?,

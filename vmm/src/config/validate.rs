@@ -98,7 +98,7 @@ impl VmConfig {
         }
         for Replacement { id, backend } in nets {
             match self.nets.iter_mut().find(|net| net.id == *id) {
-                Some(net) => net.tap = super::parse_tap(backend)?,
+                Some(net) => net.attachment = backend.parse()?,
                 None => {
                     let known = self.nets.iter().map(|n| n.id.as_str()).collect();
                     return Err(missing("network card", id, known));
@@ -235,7 +235,10 @@ mod tests {
         .vm;
         let other = |text: &str| vec![text.parse::<Replacement>().unwrap()];
         vm.replace_backends(&other("b=/c"), &other("n=u")).unwrap();
-        assert_eq!((vm.disks[1].path.as_path(), vm.nets[0].tap.as_str()), (Path::new("/c"), "u"));
+        assert_eq!(vm.disks[1].path.as_path(), Path::new("/c"));
+        assert_eq!(vm.nets[0].attachment.tap(), Some("u"));
+        vm.replace_backends(&[], &other("n=network=blue")).unwrap();
+        assert_eq!(vm.nets[0].attachment.to_string(), "network=blue");
         let refused = |vm: &mut VmConfig, disk: &str, net: &str| {
             let list = |text: &str| if text.is_empty() { Vec::new() } else { other(text) };
             vm.replace_backends(&list(disk), &list(net)).unwrap_err().to_string()

@@ -21,6 +21,7 @@ use crate::config::{ConsoleConfig, HostLimits, NetConfig, ReceiveSettings, VmCon
 use crate::identity::{decode_config, IdentityError, IdentityV1};
 use crate::kvm::HostKvm;
 use crate::machine::{memory_layout, Machine, MachineError};
+use crate::network;
 use crate::privileges;
 use crate::run::{Assembled, RunError};
 use crate::runtime_dir::RuntimeDir;
@@ -272,6 +273,8 @@ impl IncomingHost<'_> {
                 offer.layout
             ));
         }
+        let obstacles = network::obstacles(&config.nets, Some(&offer.name));
+        reasons.extend(obstacles.iter().map(ToString::to_string));
         let machine = &offer.machine;
         let identity = IdentityV1::decode(machine.identity_version, machine.identity.clone());
         let mut cpuid = Vec::new();
@@ -327,7 +330,7 @@ fn refusal(error: &RunError, nets: &[NetConfig]) -> String {
         return error.to_string();
     };
     let TapError::Busy { tap } = tap_error else { return error.to_string() };
-    let id = nets.iter().find(|net| net.tap == *tap).map_or("ID", |net| &net.id);
+    let id = nets.iter().find(|net| net.attachment.tap() == Some(tap)).map_or("ID", |net| &net.id);
     format!(
         "network {id}: tap {tap} is in use on the destination's host, by the VM itself if it comes from there: \
          give it another tap (minivmm receive --net {id}=TAP)"

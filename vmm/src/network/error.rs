@@ -4,6 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use crate::config::Mac;
 use crate::state_dir::StateDirError;
 
 /// Why a network cannot be made, shown, deleted or used.
@@ -118,6 +119,34 @@ pub enum NetworkError {
         /// What it said.
         error: io::Error,
     },
+    /// A card that cannot be plugged in.
+    #[error("network card {card}: {error}")]
+    Card {
+        /// Which.
+        card: String,
+        /// Why not.
+        error: Box<NetworkError>,
+    },
+    /// A card was told more than its network takes.
+    #[error("its guest was told an MTU of {asked} bytes, and {to} takes {mtu} here: use an MTU of at most {mtu} for the card, or another network")]
+    CardMtu {
+        /// What it is to be plugged into.
+        to: String,
+        /// MTU of the card, bytes.
+        asked: u16,
+        /// MTU there, bytes.
+        mtu: u32,
+    },
+    /// Two cards of one address.
+    #[error("the VM {vm} has a card with the address {mac} on {to} already: give one of them another (mac=...)")]
+    MacTaken {
+        /// The address.
+        mac: Mac,
+        /// Where.
+        to: String,
+        /// Who has it.
+        vm: String,
+    },
     /// There is no place for declared networks.
     #[error(transparent)]
     StateDir(#[from] StateDirError),
@@ -163,12 +192,16 @@ impl NetworkError {
     /// Whether it is refused in the present state of the host, and would be done in another one.
     #[must_use]
     pub fn is_refused(&self) -> bool {
+        if let Self::Card { error, .. } = self {
+            return error.is_refused();
+        }
         matches!(
             self,
             Self::Differs { .. }
                 | Self::HalfDeleted(_)
                 | Self::HalfMade(_)
                 | Self::Incomplete { .. }
+                | Self::MacTaken { .. }
                 | Self::Taken { .. }
                 | Self::TunnelTaken(_)
                 | Self::InUse { .. }
@@ -179,11 +212,15 @@ impl NetworkError {
     /// Whether other options may do.
     #[must_use]
     pub fn is_about_what_was_asked(&self) -> bool {
+        if let Self::Card { error, .. } = self {
+            return error.is_about_what_was_asked();
+        }
         matches!(
             self,
             Self::Option(_)
                 | Self::NoSuchNetwork(_)
                 | Self::NoSuchLink(_)
+                | Self::CardMtu { .. }
                 | Self::NotABridge(_)
                 | Self::NotLocal(_)
         )

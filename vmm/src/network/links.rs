@@ -150,15 +150,24 @@ impl Links {
             .map_err(|e| NetworkError::kernel(format!("isolate the port {}", link.name), said(e)))
     }
 
-    /// Makes `link` a port of `bridge`, and switches it on.
+    /// Makes `link` a port of `bridge`, and switches it on; with this MTU and alias, where they are given.
     ///
     /// # Errors
     /// The kernel's, and [`NetworkError::NoSuchLink`].
-    pub fn attach(&self, link: &str, bridge: &str, mtu: Option<u16>) -> Result<(), NetworkError> {
+    pub(super) fn attach(
+        &self,
+        link: &str,
+        bridge: &str,
+        mtu: Option<u32>,
+        alias: Option<&str>,
+    ) -> Result<(), NetworkError> {
         let (port, bridge_index) = (self.get(link)?.index, self.get(bridge)?.index);
         let mut message = LinkUnspec::new_with_index(port).controller(bridge_index).up();
         if let Some(mtu) = mtu {
-            message = message.mtu(mtu.into());
+            message = message.mtu(mtu);
+        }
+        if let Some(alias) = alias {
+            message = message.alias(alias);
         }
         self.set(message.build(), || format!("attach {link} to the bridge {bridge}"))
     }

@@ -16,6 +16,7 @@
 //! anything is. Links carry addresses that were made up for that file: a link of the right name with
 //! another address belongs to somebody else, and is left alone.
 
+mod attach;
 mod error;
 mod links;
 mod options;
@@ -28,6 +29,7 @@ use std::fs;
 use rustix::rand::{getrandom, GetRandomFlags};
 use serde::Serialize;
 
+pub use attach::{make_tap, obstacles, offer_mtus};
 pub use error::NetworkError;
 pub use links::{Found, Links};
 pub use options::{
@@ -359,7 +361,7 @@ fn make(store: &Store, links: &Links, record: &mut Record) -> Result<Vec<String>
                 if port.controller.is_none() || port.controller != index {
                     usable_uplink(&links.all()?, link)?;
                 }
-                links.attach(link, bridge, None)?;
+                links.attach(link, bridge, None, None)?;
             }
             Step::Address { link, address } => links.add_address(link, *address)?,
             Step::Flood { link, peer } => links.flood(link, *peer)?,

@@ -23,6 +23,8 @@ use std::io;
 
 use devices::virtio::block::{DiskError, LockError};
 
+use crate::network::NetworkError;
+
 pub use set::{DiskOwnership, VirtioParts, VirtioSet};
 pub use tap::TapError;
 
@@ -55,6 +57,9 @@ pub enum VirtioError {
     /// A network card.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A network card on a bridge or a declared network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// Anything else that a device needs of the host.
     #[error("cannot set up {device}: {error}")]
     Setup {
@@ -69,6 +74,9 @@ impl VirtioError {
     /// Whether it would work if some other program gave something up.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
+        if let Self::Network(error) = self {
+            return error.is_refused();
+        }
         matches!(
             self,
             Self::DiskInUse { .. }
@@ -86,6 +94,7 @@ impl VirtioError {
                 error,
                 TapError::Missing { .. } | TapError::NotATap { .. } | TapError::Permission { .. }
             ),
+            Self::Network(error) => error.is_about_what_was_asked(),
             Self::DiskTwice { .. } => true,
             Self::DiskInUse { .. } | Self::Setup { .. } => false,
         }

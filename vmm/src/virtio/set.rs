@@ -30,6 +30,7 @@ use crate::console::ConsoleWriter;
 use crate::control::DeviceStats;
 use crate::layout;
 use crate::memory::{GuestRam, Memory, RamDiscard};
+use crate::network;
 
 type SetOffloads = fn(&OwnedFd, Offloads) -> io::Result<()>;
 type Card = Net<FdBackend<SetOffloads>>;
@@ -121,7 +122,10 @@ impl VirtioSet {
             set.disks.push((handle, host_file));
         }
         for net in &config.nets {
-            let fd = tap::open(&net.tap)?;
+            let fd = match net.attachment.tap() {
+                Some(tap) => tap::open(tap)?,
+                None => network::make_tap(net, &config.name, tap::make)?,
+            };
             let backend = FdBackend::new(fd, Some(tap::set_offloads as SetOffloads));
             let card = CardConfig { mac: MacAddress(net.mac.0), mtu: net.mtu };
             let card = Net::new(backend, card);

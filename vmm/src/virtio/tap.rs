@@ -1,13 +1,13 @@
 //! A tap interface as the backend of a network card (linux/if_tun.h).
 #![allow(unsafe_code)] // ioctls that no crate here wraps
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use devices::virtio::net::{Offloads, HEADER};
-use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_iow_nr;
 
 const DEV_NET_TUN: &str = "/dev/net/tun";
@@ -83,6 +83,30 @@ pub(super) fn open(tap: &str) -> Result<OwnedFd, TapError> {
     if rustix::net::netdevice::name_to_index(&file_socket(tap)?, tap).is_err() {
         return Err(TapError::Missing { tap: tap_name() });
     }
+    attach(&file, tap).map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) => TapError::Busy { tap: tap_name() },
+        Some(libc::EPERM | libc::EACCES) => TapError::Permission { tap: tap_name() },
+        Some(libc::EINVAL) => TapError::NotATap { tap: tap_name() },
+        _ => TapError::Setup { tap: tap_name(), what: "TUNSETIFF", error },
+    })?;
+    prepare(file).map_err(|(what, error)| TapError::Setup { tap: tap_name(), what, error })
+}
+
+/// Makes a tap, for frames as [`open`] does, which is gone when the descriptor is; gives its name, which
+/// the kernel chooses, too.
+pub(super) fn make() -> io::Result<(OwnedFd, String)> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(DEV_NET_TUN)?;
+    let name = attach(&file, "mvtap%d")?;
+    let fd = prepare(file).map_err(|(what, error)| io::Error::other(format!("{what}: {error}")))?;
+    Ok((fd, name))
+}
+
+/// Connects the file to the tap `tap`, or to a new one of that name, and gives its name.
+fn attach(file: &File, tap: &str) -> io::Result<String> {
     // SAFETY: a C structure of integers and a union of such, for which zeros are values.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The name was checked to leave room for its final zero.
@@ -91,28 +115,23 @@ pub(super) fn open(tap: &str) -> Result<OwnedFd, TapError> {
     }
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    // SAFETY: TUNSETIFF reads the structure, which outlives the call.
-    if unsafe { ioctl_with_ref(&file, TUNSETIFF(), &request) } < 0 {
-        let error = io::Error::last_os_error();
-        return Err(match error.raw_os_error() {
-            Some(libc::EBUSY) => TapError::Busy { tap: tap_name() },
-            Some(libc::EPERM | libc::EACCES) => TapError::Permission { tap: tap_name() },
-            Some(libc::EINVAL) => TapError::NotATap { tap: tap_name() },
-            _ => TapError::Setup { tap: tap_name(), what: "TUNSETIFF", error },
-        });
+    // SAFETY: TUNSETIFF reads and writes the structure, which outlives the call.
+    if unsafe { ioctl_with_mut_ref(file, TUNSETIFF(), &mut request) } < 0 {
+        return Err(io::Error::last_os_error());
     }
+    let name = request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0);
+    Ok(String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned())
+}
+
+/// Sets a tap up for frames with a virtio header; with an error, what was attempted.
+fn prepare(file: File) -> Result<OwnedFd, (&'static str, io::Error)> {
     let size = HEADER as std::ffi::c_int;
     // SAFETY: TUNSETVNETHDRSZ reads an integer, which outlives the call.
     if unsafe { ioctl_with_ref(&file, TUNSETVNETHDRSZ(), &size) } < 0 {
-        let error = io::Error::last_os_error();
-        return Err(TapError::Setup { tap: tap_name(), what: "TUNSETVNETHDRSZ", error });
+        return Err(("TUNSETVNETHDRSZ", io::Error::last_os_error()));
     }
     let fd = OwnedFd::from(file);
-    set_offloads(&fd, Offloads::default()).map_err(|error| TapError::Setup {
-        tap: tap_name(),
-        what: "TUNSETOFFLOAD",
-        error,
-    })?;
+    set_offloads(&fd, Offloads::default()).map_err(|error| ("TUNSETOFFLOAD", error))?;
     Ok(fd)
 }
 
