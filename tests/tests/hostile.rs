@@ -1,13 +1,24 @@
 //! Peers that lie, against the real program: it says what is wrong, keeps its memory, and goes on.
 #![allow(clippy::unwrap_used)]
 
+#[path = "hostile/liar.rs"]
+mod liar;
+#[path = "hostile/postcopy.rs"]
+mod postcopy;
+
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use migration::stream::{RecordReader, RecordType, RecordWriter, StreamKind};
-use tests::{add, kvm, Finished, Host, Migrating, Suite, Vm, PATIENCE};
+use postcopy::{
+    a_destination_outlives_a_source_that_lies_after_the_switch,
+    a_peer_that_always_lies_pauses_postcopy_and_both_ends_can_be_ended,
+    a_source_outlives_a_destination_that_lies_after_the_switch,
+    floods_of_requests_are_answered_once,
+};
+use tests::{add, kvm, userfaultfd, Finished, Host, Migrating, Suite, Vm, PATIENCE};
 
 const GUEST: &str = "ws=8 dirty=1000 pattern=random report=0 pace=0";
 const TOKEN: [u8; 16] = [0x5a; 16];
@@ -21,6 +32,12 @@ fn main() -> ExitCode {
         a_source_outlives_destinations_that_lie,
         connections_that_dribble_keep_nobody_out_and_nobody_waiting,
         what_a_peer_says_cannot_steer_the_terminal,
+    );
+    add!(suite, &[&kvm(), &userfaultfd()];
+        a_destination_outlives_a_source_that_lies_after_the_switch,
+        a_source_outlives_a_destination_that_lies_after_the_switch,
+        floods_of_requests_are_answered_once,
+        a_peer_that_always_lies_pauses_postcopy_and_both_ends_can_be_ended,
     );
     suite.run()
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!   HELLO MACHINE CONFIG LAYOUT OFFER   BLOB*     ANNOUNCE* HASH? STATE* COMPLETE   COMMIT   DONE
 //!                                     `- ACCEPT  `- READY                         `- LOADED
-//!   with post-copy, after READY:                  ANNOUNCE* (MISSING* ECHO)* MISSING* SWITCH STATE* COMPLETE
+//!   with post-copy, after READY:                  ANNOUNCE* (MISSING* ECHO)? MISSING* SWITCH STATE* COMPLETE
 //! ```
 //!
 //! Each part may only begin after this side has sent the record below it. ALIVE and ABORT may
@@ -219,6 +219,8 @@ struct Order {
     may_switch: bool,
     /// What the destination is to have only later. Made as `announced`.
     missing: Option<PageSet>,
+    /// Memory was to be given back, which is asked for once.
+    retracted: bool,
     /// Pages that can only be missing together; known once it switches to post-copy.
     switch_unit: Option<u64>,
     /// Made when memory is announced: before that the layout is nothing but a claim.
@@ -243,6 +245,7 @@ impl Order {
             verify: offer.verify,
             may_switch: offer.mode.may_switch(),
             missing: None,
+            retracted: false,
             switch_unit: None,
             hashes: None,
             sections: Vec::new(),
@@ -367,6 +370,9 @@ impl Order {
             }
             RecordType::Echo => {
                 let echo: Echo = record.decode("ECHO")?;
+                if std::mem::replace(&mut self.retracted, true) {
+                    return Err(malformed(record, "memory is given back once before the pause"));
+                }
                 Ok(Some(Input::Retract { pages: missing.clone(), number: echo.number }))
             }
             _ => {

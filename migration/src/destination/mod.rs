@@ -42,7 +42,7 @@ use crate::snapshot::Blob;
 use crate::stream::{RecordReader, RecordWriter};
 use crate::threads;
 use crate::transport::{Listener, Stream, Transport};
-use crate::vm::{DestinationHost, Offer, Section};
+use crate::vm::{DestinationHost, Offer, Section, VmError};
 
 pub use postcopy::DrainReport;
 
@@ -276,6 +276,8 @@ enum Input {
         stats: ReceiverStats,
         records: RecordReader<Stream>,
     },
+    /// The state is loaded, or cannot be.
+    Loaded(Result<(), VmError>),
     /// The source goes on with what was interrupted.
     Recover {
         connections: u16,

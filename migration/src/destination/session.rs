@@ -356,10 +356,14 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                 return Err(Failure::new(Cause::Failed, reason));
             }
         }
-        if let Some((unit, missing)) = self.missing.take() {
-            self.switch(unit, missing)?;
+        let sections = self.sections.take().unwrap_or_default();
+        match self.missing.take() {
+            Some((unit, missing)) => {
+                self.switch(unit, missing)?;
+                self.load_beside(sections)?;
+            }
+            None => vm.load_state(&sections, self.paused)?,
         }
-        vm.load_state(&self.sections.take().unwrap_or_default(), self.paused)?;
         Ok(vm.check_ownership()?)
     }
 

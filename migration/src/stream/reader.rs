@@ -20,6 +20,8 @@ const READ_STEP: usize = 2 << 20;
 pub struct RecordReader<R> {
     pub(super) inner: R,
     kind: StreamKind,
+    /// Whether PAGES may come without a checksum of their payload.
+    live_pages: bool,
     /// Number of the next record.
     sequence: u64,
     /// Bytes of complete records, and the preamble.
@@ -85,11 +87,17 @@ impl<R: Read> RecordReader<R> {
         Ok(Self {
             inner,
             kind,
+            live_pages: kind == StreamKind::Pages,
             sequence: 0,
             bytes: PREAMBLE_BYTES as u64,
             digest: Digest::new(preamble),
             payload: Vec::new(),
         })
+    }
+
+    /// From now on pages are those of a guest that stands: they must have a checksum too.
+    pub(crate) fn expect_checksums(&mut self) {
+        self.live_pages = false;
     }
 
     /// The next record of a known type, complete and checked. Unknown optional records are
@@ -117,8 +125,7 @@ impl<R: Read> RecordReader<R> {
                 self.skip(&header)?;
                 continue;
             };
-            let may_lack_checksum =
-                self.kind == StreamKind::Pages && record_type == RecordType::Pages;
+            let may_lack_checksum = self.live_pages && record_type == RecordType::Pages;
             if !header.has_checksum() && !may_lack_checksum {
                 return Err(self.error(Problem::ChecksumMissing(record_type)));
             }

@@ -63,6 +63,8 @@ impl ThreadKind {
         let is = |prefix| name.starts_with(prefix);
         match name {
             "mig-alive" | "mig-main-in" => Some(Self::Link),
+            // As `receive`, whose work it does.
+            "mig-load" => None,
             "mig-door" => Some(Self::Door),
             "mig-stranger" => Some(Self::Stranger),
             _ if is("mig-send-") => Some(Self::Sender),

@@ -169,6 +169,8 @@ impl Arrivals {
             self.bring_singly(range, data)?;
         }
         let removed = lock(&self.missing).remove(range)?;
+        // Two connections may have brought a page at one time.
+        self.duplicate_pages.fetch_add(range.pages() - removed, Ordering::Relaxed);
         self.account(range, data.is_none(), way);
         Ok(self.left.fetch_sub(removed, Ordering::AcqRel) == removed)
     }

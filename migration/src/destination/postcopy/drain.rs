@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::address::PageRange;
 use crate::clock::process_cpu_time;
 use crate::destination::door::Guests;
 use crate::destination::failure::Failure;
@@ -24,6 +25,7 @@ use crate::stream::session::{Drained, Hello, Recovered, MAX_CONNECTIONS};
 use crate::stream::{RecordReader, RecordType, StreamError, StreamKind};
 use crate::threads;
 use crate::transport::{Stream, Transport};
+use crate::vm::Section;
 use crate::volatile_io::discard;
 
 /// How often it is looked whether a request is answered, and progress is told.
@@ -57,6 +59,15 @@ impl Drain<'_> {
     }
 }
 
+/// A run that does not consist of whole units.
+fn first_part(missing: &PageSet, unit: u64) -> Option<PageRange> {
+    if unit == 1 {
+        return None;
+    }
+    let mut units = missing.layout().regions().flat_map(|region| region.chunks(unit));
+    units.find(|piece| missing.intersects(*piece) && !missing.contains(*piece))
+}
+
 impl Session<'_, '_, '_> {
     /// Gives back the memory of pages that are void.
     pub(in crate::destination) fn retract(&mut self, pages: &PageSet) -> Result<(), Failure> {
@@ -83,6 +94,11 @@ impl Session<'_, '_, '_> {
         if unit != mine {
             let reason = format!("memory comes in units of {unit} pages, which are {mine} here");
             return Err(Failure::new(Cause::Failed, reason));
+        }
+        if let Some(part) = first_part(&missing, unit) {
+            let reason =
+                format!("{part} is missing, which is a part of {unit} pages that come together");
+            return Err(Failure::new(Cause::Protocol, reason));
         }
         vm.set_draining(true);
         self.retract(&missing)?;
@@ -142,6 +158,36 @@ impl Session<'_, '_, '_> {
         Ok(())
     }
 
+    /// Loads the state on a thread of its own: it may wait for pages, and this one has to notice when they will not come.
+    pub(in crate::destination) fn load_beside(
+        &mut self,
+        sections: Vec<Section>,
+    ) -> Result<(), Failure> {
+        let (vm, paused, inbox) = (Arc::clone(self.vm()?), self.paused, self.sender.clone());
+        let thread = threads::spawn(self.around.scope, "mig-load", move || {
+            let loaded = vm.load_state(&sections, paused);
+            // Fails when the session has ended.
+            let _ = inbox.send(Input::Loaded(loaded));
+        })?;
+        let outcome = loop {
+            match self.next_or_end(Instant::now() + INTERVAL) {
+                Ok(Some(Input::Loaded(loaded))) => break loaded.map_err(Failure::from),
+                Ok(_) => {}
+                Err(failure) => break Err(failure),
+            }
+        };
+        if outcome.is_err() {
+            // Who waits for a page goes on with zeros, in a VM that will never run.
+            if let Some(drain) = &self.drain {
+                drain.arrivals.userfault().finish()?;
+            }
+        }
+        if thread.join().is_err() {
+            return Err(Failure::new(Cause::Failed, "the thread that loads the state panicked"));
+        }
+        outcome
+    }
+
     /// Memory will not come: the VM is dropped without having run.
     pub(in crate::destination) fn abandon_drain(&mut self) {
         if let Some(drain) = self.drain.take() {
@@ -174,6 +220,11 @@ impl Session<'_, '_, '_> {
                 }
                 Some(Input::Aborted(text)) => {
                     self.interrupted(&format!("the source gave up: {text}"));
+                    connected = false;
+                }
+                // It would not be there any more to answer.
+                Some(Input::Done) if connected => {
+                    self.interrupted("the source said that it is done, and it is not");
                     connected = false;
                 }
                 Some(Input::Recover { connections, records, transport }) => {

@@ -3,6 +3,7 @@
 //! ```text
 //!   the session (receive's thread): waits for the last page; for a new connection when one is lost
 //!      |-- mig-faults     reads page faults, asks for pages. Touches no guest memory, waits for no page
+//!      |-- mig-load       loads the state, which may wait for pages
 //!      |-- mig-demand     puts in what was asked for
 //!      `-- mig-bring-N    puts in what the source pushes
 //! ```

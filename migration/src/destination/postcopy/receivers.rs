@@ -16,6 +16,7 @@ pub(in crate::destination) fn bring_all<R: Read>(
     generation: u32,
     inbox: &mpsc::Sender<Input>,
 ) {
+    records.expect_checksums();
     let error = loop {
         match bring(&mut records, arrivals, way) {
             Ok(false) => {}

@@ -1,5 +1,6 @@
 //! The thread that answers requests for pages, on the connection that they come by.
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
 use crate::address::PageRange;
@@ -51,14 +52,25 @@ fn answer(
         .map_err(|problem| record.error(problem))?;
     let unit = vm.unit_pages();
     for page in runs.iter().flat_map(|run| run.chunks(unit)) {
-        let answer = outflow.answer(page.start());
-        let before = link.writer.bytes();
-        let sent = send(link, vm, &answer, frozen);
+        let Some(answer) = outflow.answer(page.start()) else {
+            return Err(link.writer.error(Problem::Truncated));
+        };
+        let sent = counted(link, shared, |link| send(link, vm, &answer, frozen));
         outflow.answered();
         sent?;
-        let bytes = link.writer.bytes() - before;
-        shared.bytes.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
     }
+    Ok(())
+}
+
+/// Counts the bytes that are sent.
+fn counted(
+    link: &mut Joint,
+    shared: &Shared,
+    send: impl FnOnce(&mut Joint) -> Result<(), StreamError>,
+) -> Result<(), StreamError> {
+    let before = link.writer.bytes();
+    send(link)?;
+    shared.bytes.fetch_add(link.writer.bytes() - before, Ordering::Relaxed);
     Ok(())
 }
 

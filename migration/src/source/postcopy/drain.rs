@@ -26,6 +26,9 @@ const RETRY_LONGEST: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 /// How often progress is told.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// So many times the silence of a dead peer may pass from the last page that was sent to DRAINED: what is in the
+/// buffers of a slow link takes its time.
+const LAST_WORD: u32 = 12;
 /// The number of the only question of its kind.
 const RETRACT: u32 = 0;
 
@@ -108,10 +111,12 @@ impl Engine<'_, '_, '_> {
     pub(in crate::source) fn drain(&mut self) {
         let mut wait = RETRY_FIRST;
         let mut elsewhere: Option<Box<dyn Connector>> = None;
+        // Since when nothing is left to be sent.
+        let mut all_sent = None;
         while !self.detached {
             if self.link.is_none() {
                 match self.reconnect(elsewhere.as_deref()) {
-                    Ok(()) => wait = RETRY_FIRST,
+                    Ok(()) => (wait, all_sent) = (RETRY_FIRST, None),
                     Err(failure) => {
                         self.disconnect();
                         let reason = failure.reasons.join("; ");
@@ -126,13 +131,21 @@ impl Engine<'_, '_, '_> {
                 }
             }
             match self.wait(Instant::now() + INTERVAL) {
-                Ok(Waited::Peer(Message::Drained { report, cpu })) => {
-                    return self.drained(*report, cpu);
-                }
+                Ok(Waited::Peer(Message::Drained { report, cpu })) => match self.left() {
+                    0 => return self.drained(*report, cpu),
+                    left => self.lost(&format!("it says that it has all and lacks {left} pages")),
+                },
                 Ok(Waited::Peer(other)) => self.lost(&format!("{other:?} came too early")),
                 Ok(Waited::PassDone(index, Ok(stats))) => self.count(index, &stats),
                 Ok(Waited::PassDone(_, Err(error))) => self.lost(&format!("{error:?}")),
-                Ok(Waited::Nothing) => {}
+                Ok(Waited::Nothing) if self.left() > 0 => all_sent = None,
+                Ok(Waited::Nothing) => {
+                    let since = *all_sent.get_or_insert_with(Instant::now);
+                    if since.elapsed() > self.around.options.timing.dead * LAST_WORD {
+                        all_sent = None;
+                        self.lost("it was sent everything and does not say that it has it");
+                    }
+                }
                 Err(failure) if failure.cause == Cause::PeerAborted => {
                     self.disconnect();
                     return self.incomplete(failure.reasons.join("; "));
@@ -142,6 +155,11 @@ impl Engine<'_, '_, '_> {
             self.tell(None);
         }
         self.incomplete("given up here".to_owned());
+    }
+
+    /// Pages that were not sent.
+    fn left(&self) -> u64 {
+        self.outflow.as_ref().map_or(0, |outflow| outflow.left())
     }
 
     fn drained(&mut self, report: crate::destination::DrainReport, cpu: Duration) {

@@ -52,11 +52,14 @@ impl Outflow {
     }
 
     /// The answer to a request: the page, then what goes with it; empty if it was given out before. From here until
-    /// [`Outflow::answered`] nothing else is given out.
-    pub(super) fn answer(&self, gfn: Gfn) -> Vec<PageRange> {
+    /// [`Outflow::answered`] nothing else is given out. `None`: it is closed.
+    pub(super) fn answer(&self, gfn: Gfn) -> Option<Vec<PageRange>> {
         let mut state = self.lock();
+        if state.closed {
+            return None;
+        }
         state.answering += 1;
-        state.plan.demand(gfn)
+        Some(state.plan.demand(gfn))
     }
 
     pub(super) fn answered(&self) {
