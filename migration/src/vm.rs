@@ -222,6 +222,13 @@ pub trait SourceVm: GuestMemory + DirtySource + VmControl + VmState {
         Duration::from_millis(1)
     }
 
+    /// Pages that a destination touches when it loads `sections`, and its guest right after: in post-copy they go
+    /// out at once. It need not name all of them.
+    fn first_pages(&self, sections: &[Section]) -> Vec<Gfn> {
+        let _ = sections;
+        Vec::new()
+    }
+
     /// How many vCPUs it has.
     fn vcpus(&self) -> usize {
         1

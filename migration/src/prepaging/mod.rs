@@ -102,6 +102,12 @@ impl Plan {
         runs
     }
 
+    /// Claims the unit of a page that goes out unasked. `None` when it was claimed before or is not memory.
+    pub fn claim(&mut self, gfn: Gfn) -> Option<PageRange> {
+        let at = self.unsent.unit_at(gfn)?;
+        self.unsent.contains(at).then(|| self.unsent.claim(at..at + 1))
+    }
+
     /// Claims what active push sends next: at most `pages` pages, but at least one unit. Empty
     /// when everything is claimed.
     pub fn push(&mut self, pages: u64) -> Vec<PageRange> {

@@ -47,7 +47,7 @@ impl Engine<'_, '_, '_> {
         self.pause.harvest = self.part_of_pause();
 
         if self.switching {
-            self.switch(whole_units(pages, vm.unit_pages())?)?;
+            self.switch(whole_units(pages, vm.unit_pages())?, &sections)?;
         } else {
             let number = u32::try_from(self.rounds.len()).unwrap_or(u32::MAX);
             self.begin_pass(&Pass { number, pages: Arc::new(pages), live: false, last: true })?;

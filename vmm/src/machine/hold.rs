@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::{DestinationVm, Section, SourceVm, VmError};
+use migration::{DestinationVm, Gfn, Section, SourceVm, VmError};
 use serde_json::json;
 
 use super::{lock, Machine, MachineError};
@@ -108,6 +108,10 @@ impl Machine {
 }
 
 impl SourceVm for Machine {
+    fn first_pages(&self, sections: &[Section]) -> Vec<Gfn> {
+        Machine::first_pages(self, sections)
+    }
+
     fn vcpus(&self) -> usize {
         self.vcpus.len()
     }

@@ -4,6 +4,7 @@
 //! they take; `info` and `stats` take none of the locks that those hold.
 
 mod build;
+mod first_pages;
 mod hold;
 mod lines;
 mod memory;

@@ -57,7 +57,7 @@ fn section(payload: Payload) -> Section {
     Section { kind, instance, version, data }
 }
 
-fn payload(section: &Section) -> Payload {
+pub(super) fn payload(section: &Section) -> Payload {
     let Section { kind, instance, version, data } = section.clone();
     Payload { kind, instance, version, data }
 }

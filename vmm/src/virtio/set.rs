@@ -275,6 +275,12 @@ impl VirtioSet {
         Ok(all)
     }
 
+    /// Where the rings of all devices are in guest memory: guest-physical address and length, bytes.
+    #[must_use]
+    pub fn rings(&self) -> Vec<(u64, u64)> {
+        self.slots.iter().flat_map(|slot| lock(&slot.registers).rings()).collect()
+    }
+
     /// Restores all devices from what `find` gives for a kind and a slot.
     ///
     /// # Errors

@@ -19,6 +19,8 @@ use crate::memory::Memory;
 pub(super) trait Registers: BusDevice + Send {
     fn save_registers(&self, instance: u32) -> Result<Payload, PersistError>;
     fn restore_registers(&mut self, payload: &Payload) -> Result<(), PersistError>;
+    /// See [`MmioTransport::rings`].
+    fn rings(&self) -> Vec<(u64, u64)>;
 }
 
 impl<D: VirtioDevice> Registers for MmioTransport<D, Memory> {
@@ -28,6 +30,10 @@ impl<D: VirtioDevice> Registers for MmioTransport<D, Memory> {
 
     fn restore_registers(&mut self, payload: &Payload) -> Result<(), PersistError> {
         self.restore_payload(payload)
+    }
+
+    fn rings(&self) -> Vec<(u64, u64)> {
+        self.rings()
     }
 }
 

@@ -60,6 +60,23 @@ pub struct IndexState {
 }
 
 impl<D: VirtioDevice, M: GuestMemory + Send + Sync + 'static> MmioTransport<D, M> {
+    /// Where the rings of queues that are ready are in guest memory: guest-physical address and length, bytes
+    /// (virtio 1.2, section 2.7).
+    #[must_use]
+    pub fn rings(&self) -> Vec<(u64, u64)> {
+        let core = self.shared.lock();
+        let ready = core.queues.iter().filter(|queue| queue.indices().is_some());
+        let rings = ready.map(|queue| &queue.claimed).flat_map(|rings| {
+            let size = u64::from(rings.size);
+            [
+                (rings.descriptors, 16 * size),
+                (rings.available, 6 + 2 * size),
+                (rings.used, 6 + 8 * size),
+            ]
+        });
+        rings.collect()
+    }
+
     fn queue_from(
         index: usize,
         max_size: u16,

@@ -1,7 +1,7 @@
 //! Which pages are missing, who waits for them, and putting them in. Shared by all threads that bring pages and the
 //! one that reads faults.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -116,6 +116,7 @@ impl Arrivals {
                 let waiting = book.waiting.entry(page.start()).or_insert_with(|| {
                     ask.push(page);
                     self.requests.fetch_add(1, Ordering::Relaxed);
+                    tracing::debug!(page = %page, thread = fault.thread, "a page is asked for");
                     Waiting { since: now, threads: Vec::new() }
                 });
                 waiting.threads.push((fault.thread, now));
@@ -275,11 +276,11 @@ impl Arrivals {
             let book = lock(&self.book);
             (book.latency.clone(), book.blocked.clone())
         };
-        let mut blocked_us: Vec<(String, u64)> = blocked
-            .into_iter()
-            .map(|(thread, time)| (name_of(thread), crate::report::as_micros(time)))
-            .collect();
-        blocked_us.sort();
+        let mut by_name: BTreeMap<String, u64> = BTreeMap::new();
+        for (thread, time) in blocked {
+            *by_name.entry(name_of(thread)).or_default() += crate::report::as_micros(time);
+        }
+        let blocked_us = by_name.into_iter().collect();
         DrainReport {
             complete: self.left() == 0,
             missing_pages: self.left(),
@@ -297,8 +298,10 @@ impl Arrivals {
     }
 }
 
-/// The name of a thread of this process, as the kernel has it.
+/// The name of a thread of this process, as the kernel has it; others that touch guest memory are the kernel's own, which
+/// bring pages in for a vCPU that meanwhile does something else (asynchronous page faults of KVM).
 fn name_of(thread: i32) -> String {
     let path = format!("/proc/self/task/{thread}/comm");
-    std::fs::read_to_string(path).map_or_else(|_| thread.to_string(), |name| name.trim().to_owned())
+    let name = std::fs::read_to_string(path);
+    name.map_or_else(|_| "kernel".to_owned(), |name| name.trim().to_owned())
 }

@@ -13,20 +13,25 @@ use crate::source::Input;
 use crate::stream::{decode_runs, Problem, RecordType, StreamError};
 use crate::vm::SourceVm;
 
-/// Answers until the connection ends.
+/// Sends the `first` pages, then answers until the connection ends.
 pub(in crate::source) fn serve(
     mut link: Joint,
     vm: &dyn SourceVm,
+    first: &[PageRange],
     outflow: &Outflow,
     shared: &Shared,
     inbox: &mpsc::Sender<Input>,
 ) {
     let mut frozen = Frozen::default();
-    let error = loop {
-        if let Err(error) = answer(&mut link, vm, outflow, shared, &mut frozen) {
-            break error;
+    let mut work = || -> Result<(), StreamError> {
+        if !first.is_empty() {
+            counted(&mut link, shared, |link| frozen.send(&mut link.writer, vm, first))?;
+        }
+        loop {
+            answer(&mut link, vm, outflow, shared, &mut frozen)?;
         }
     };
+    let Err(error) = work() else { return };
     let cause = match error.problem {
         Problem::Read(_) | Problem::Write(_) | Problem::Truncated => Cause::Lost,
         Problem::Vm(_) => Cause::Failed,

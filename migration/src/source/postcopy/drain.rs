@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
 
+use crate::address::{Gfn, PageRange};
 use crate::handover::Cause;
 use crate::link::MainLink;
 use crate::page_set::PageSet;
@@ -18,6 +19,7 @@ use crate::source::sender::{Pass, Shared, Work};
 use crate::stream::session::{Done, Echo, Hello, Recover, Switch};
 use crate::stream::{RecordType, StreamError, StreamKind};
 use crate::transport::Connector;
+use crate::vm::Section;
 
 /// First and longest wait between two tries to connect again.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -51,8 +53,12 @@ impl Engine<'_, '_, '_> {
     }
 
     /// With the guest paused: what is missing is certain. Requests are answered from here on; what comes before
-    /// COMMIT is KVM's, as it loads state.
-    pub(in crate::source) fn switch(&mut self, missing: PageSet) -> Result<(), Failure> {
+    /// COMMIT is KVM's, as it loads `sections`.
+    pub(in crate::source) fn switch(
+        &mut self,
+        missing: PageSet,
+        sections: &[Section],
+    ) -> Result<(), Failure> {
         let vm = self.around.vm;
         let (pages, unit) = (missing.count(), vm.unit_pages());
         let number = u32::try_from(self.rounds.len()).unwrap_or(u32::MAX);
@@ -66,6 +72,7 @@ impl Engine<'_, '_, '_> {
         let options = self.around.options.postcopy;
         self.postcopy = Some(PostcopyReport {
             missing_pages: pages,
+            first_pages: 0,
             push: self.push_wanted(),
             prepaging: options.prepaging,
             retract: self.retracted,
@@ -73,7 +80,8 @@ impl Engine<'_, '_, '_> {
             incomplete: None,
             destination: None,
         });
-        self.supply(missing)
+        let first = vm.first_pages(sections);
+        self.supply(missing, &first)
     }
 
     fn push_wanted(&self) -> bool {
@@ -81,17 +89,23 @@ impl Engine<'_, '_, '_> {
         changed.unwrap_or(self.around.options.postcopy.push)
     }
 
-    /// Answers requests, on the connection that has joined for them.
-    fn supply(&mut self, missing: PageSet) -> Result<(), Failure> {
+    /// Answers requests, on the connection that has joined for them, after it has sent the `first` pages there.
+    fn supply(&mut self, missing: PageSet, first: &[Gfn]) -> Result<(), Failure> {
         let vm = self.around.vm;
-        let plan = Plan::new(missing, vm.unit_pages(), self.around.options.postcopy.prepaging);
+        let mut plan = Plan::new(missing, vm.unit_pages(), self.around.options.postcopy.prepaging);
+        let first: Vec<PageRange> = first.iter().filter_map(|gfn| plan.claim(*gfn)).collect();
+        if let Some(postcopy) = &mut self.postcopy {
+            postcopy.first_pages += first.iter().map(|run| run.pages()).sum::<u64>();
+        }
         let outflow = Arc::new(Outflow::new(plan, self.push_wanted()));
         let link = self.requests.take();
         let link = link.ok_or_else(|| Failure::new(Cause::Lost, "no connection for requests"))?;
         self.requests_transport = Some(Arc::clone(&link.transport));
         let (inbox, shared) = (self.sender.clone(), Arc::clone(&self.shared));
         let server = Arc::clone(&outflow);
-        self.spawn("mig-demand", move || demand::serve(link, vm, &server, &shared, &inbox))?;
+        self.spawn("mig-demand", move || {
+            demand::serve(link, vm, &first, &server, &shared, &inbox)
+        })?;
         self.around.control.state().outflow = Some(Arc::clone(&outflow));
         self.outflow = Some(outflow);
         Ok(())
@@ -255,7 +269,7 @@ impl Engine<'_, '_, '_> {
         self.connections = connections;
         self.join_all(connector)?;
         tracing::info!(missing = missing.count(), "memory goes out again");
-        self.supply(missing)?;
+        self.supply(missing, &[])?;
         self.start_push();
         self.around.control.state().interrupted = false;
         Ok(())

@@ -49,6 +49,8 @@ impl Default for PostcopyOptions {
 pub struct PostcopyReport {
     /// Pages that the destination lacked when the guest moved.
     pub missing_pages: u64,
+    /// Of these, pages that went with the state: to load it, and the guest's first instructions, need them.
+    pub first_pages: u64,
     /// Whether pages were pushed.
     pub push: bool,
     /// Which pre-paging.
