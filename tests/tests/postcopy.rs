@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use serde_json::Value;
 use tests::proxy::{Cut, On, Proxy};
-use tests::{add, kvm, number, userfaultfd, Host, Migrating, Suite, PATIENCE};
+use tests::{
+    add, huge_pages, kvm, number, userfaultfd, Host, HugePages, Migrating, Suite, PATIENCE,
+};
 
 /// A guest that works hard enough to notice what goes wrong, and says so often.
 const BUSY: &str = "ws=16 dirty=4000 pattern=random report=250 pace=0";
@@ -30,6 +32,9 @@ fn main() -> ExitCode {
         a_dead_source_is_told_and_the_vm_can_be_ended,
         a_dead_destination_is_told_and_given_up_by_an_operator,
         what_cannot_be_is_refused,
+    );
+    add!(suite, &[&kvm(), &userfaultfd(), &huge_pages()];
+        huge_pages_follow_whole,
     );
     suite.run()
 }
@@ -390,4 +395,27 @@ fn what_cannot_be_is_refused() {
     assert_eq!(a.cli(&["migrate", "vm", "--recover"]).code, Some(5));
     assert_eq!(a.cli(&["migrate-start-postcopy", "vm"]).code, Some(5));
     vm.runs_on();
+}
+
+fn huge_pages_follow_whole() {
+    // Of 2 MiB, for 64 MiB at both ends.
+    let pages = HugePages::reserve(64).unwrap();
+    let postcopy = ["--mode", "postcopy", "--connections", "2"];
+    let asked = ["--mode", "postcopy", "--prepaging", "off"];
+    let hybrid =
+        ["--mode", "hybrid", "--downtime", "1us", "--dirty-pages", "0", "--bandwidth", "40M"];
+    for mode in [&postcopy[..], &asked, &hybrid] {
+        let (a, b) = (Host::new(), Host::new());
+        let mut source = a.run(BUSY, &["--hugepages", "--cpus", "2"]).ready();
+        let before = source.report();
+        let (mut destination, to) = b.receive(&[]);
+        let report = migrate(&a, &to, mode);
+        let missing = number(&report["postcopy"], "missing_pages");
+        assert!(missing > 0 && missing % 512 == 0, "{report}");
+        source.ends_well();
+        destination.goes_on_after_pauses(1, &before);
+        destination.verify();
+        assert_eq!(b.json(&["info", "vm"])["config"]["memory"]["hugepages"], true);
+    }
+    drop(pages);
 }

@@ -13,7 +13,7 @@ use crate::snapshot::{SnapshotError, MAX_SECTIONS, MAX_STATE_BYTES};
 use crate::stream::{
     encode_layout, encode_runs, encode_section, BlobChunk, BlobKind, Config, Machine, PageTotals,
     Problem, RecordType, RecordWriter, StreamError, StreamKind, MAX_BLOB_BYTES, MAX_BLOB_CHUNK,
-    MAX_PAGES_PER_RECORD, MAX_RUNS,
+    MAX_RUNS, PAGES_PER_BATCH,
 };
 use crate::vm::{GuestMemory, Section, VmError, VmState};
 
@@ -269,7 +269,7 @@ impl PageBatch {
     fn new() -> Self {
         Self {
             runs: Vec::new(),
-            data: vec![0; MAX_PAGES_PER_RECORD as usize * PAGE_BYTES],
+            data: vec![0; PAGES_PER_BATCH as usize * PAGE_BYTES],
             filled: 0,
             table: Vec::new(),
         }
@@ -318,7 +318,7 @@ fn write_pages<W: Write>(
     let mut zero = PageSet::empty(populated.layout());
     let mut batch = PageBatch::new();
     for run in populated.runs() {
-        for chunk in run.chunks(MAX_PAGES_PER_RECORD) {
+        for chunk in run.chunks(PAGES_PER_BATCH) {
             let slice = memory.slice(chunk)?;
             for page in 0..chunk.pages() {
                 let gfn = Gfn(chunk.start().0 + page);

@@ -90,7 +90,7 @@ impl Engine<'_, '_, '_> {
 }
 
 /// The same pages and all others that can only be missing together with them.
-fn whole_units(pages: PageSet, unit: u64) -> Result<PageSet, VmError> {
+pub(super) fn whole_units(pages: PageSet, unit: u64) -> Result<PageSet, VmError> {
     if unit == 1 {
         return Ok(pages);
     }

@@ -10,6 +10,7 @@ use crate::page_set::PageSet;
 use crate::report::RoundReport;
 use crate::snapshot::write_runs;
 use crate::source::engine::{Engine, Failure};
+use crate::source::pause::whole_units;
 use crate::source::predict::{Measured, Next, OnStall, Predictor};
 use crate::source::sender::Pass;
 use crate::source::throttle::Throttle;
@@ -80,7 +81,8 @@ impl Engine<'_, '_, '_> {
             self.tell(None);
             pages = dirty;
             if next != Next::Pause && self.is_to_switch() {
-                self.retract(&pages)?;
+                let unit = self.around.vm.unit_pages();
+                self.retract(&whole_units(pages.clone(), unit)?)?;
                 self.switching = true;
             } else if next == Next::Round {
                 continue;

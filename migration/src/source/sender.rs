@@ -16,7 +16,7 @@ use crate::source::postcopy::outflow::Outflow;
 use crate::source::Input;
 use crate::stream::session::{Echo, Round, Sync};
 use crate::stream::{
-    encode_runs, Problem, RecordReader, RecordType, RecordWriter, StreamError, MAX_PAGES_PER_RECORD,
+    encode_runs, Problem, RecordReader, RecordType, RecordWriter, StreamError, PAGES_PER_BATCH,
 };
 use crate::transport::Stream;
 use crate::vm::{SourceVm, VmError};
@@ -256,7 +256,7 @@ impl<'a> Sender<'a> {
                     self.stats.data_pages += 1;
                     self.run_pages += 1;
                     push(&mut self.runs, gfn, chunk);
-                    if self.run_pages == MAX_PAGES_PER_RECORD {
+                    if self.run_pages == PAGES_PER_BATCH {
                         self.flush_pages()?;
                     }
                 }

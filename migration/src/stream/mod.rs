@@ -41,6 +41,7 @@ pub(crate) use control::{decode_layout, decode_section, encode_layout, encode_se
 pub use control::{BlobChunk, BlobKind, Config, End, Machine, MAX_BLOB_BYTES, MAX_BLOB_CHUNK};
 pub use error::{Problem, StreamError};
 pub use format::{RecordHeader, RecordType, StreamKind, PROTOCOL_VERSION};
+pub(crate) use pages::PAGES_PER_BATCH;
 pub use pages::{decode_pages, decode_runs, encode_runs, MAX_PAGES_PER_RECORD, MAX_RUNS};
 pub use reader::{Record, RecordReader};
 pub(crate) use writer::PageTotals;

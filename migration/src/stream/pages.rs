@@ -5,8 +5,10 @@ use crate::layout::MemoryLayout;
 use crate::stream::error::Problem;
 use crate::stream::format::{u32_at, u64_at, RecordType};
 
-/// Most pages in one PAGES record: 1 MiB of data.
-pub const MAX_PAGES_PER_RECORD: u64 = 256;
+/// Most pages in one PAGES record: 2 MiB of data, a huge page.
+pub const MAX_PAGES_PER_RECORD: u64 = 512;
+/// Pages that are written together where pages go one by one: what a bandwidth cap lets through at a time.
+pub(crate) const PAGES_PER_BATCH: u64 = 256;
 /// Most runs in one ZERO or ABSENT record.
 pub const MAX_RUNS: usize = 65536;
 

@@ -78,10 +78,6 @@ impl Outgoing {
     pub fn start(self: &Arc<Self>, request: &MigrateRequest) -> Result<MigrationId, ControlError> {
         let options = options(request, self.machine.config().migration)?;
         let may_switch = options.mode.may_switch() || options.on_stall == OnStall::Postcopy;
-        if may_switch && self.machine.ram().hugepages() {
-            let message = "post-copy of a VM with huge pages is not possible yet: use precopy";
-            return Err(ControlError::Conflict(message.to_owned()));
-        }
         let failed = |error: &dyn std::fmt::Display| ControlError::Failed(error.to_string());
         if let Some(why) = self.machine.migration_blocker() {
             return Err(ControlError::Conflict(format!("the VM cannot be migrated: {why}")));

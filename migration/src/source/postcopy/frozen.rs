@@ -2,11 +2,11 @@
 
 use std::io::Write;
 
-use crate::address::{Gfn, PageRange, PAGE_BYTES};
+use crate::address::{PageRange, PAGE_BYTES};
 use crate::stream::{
     encode_runs, Problem, RecordType, RecordWriter, StreamError, MAX_PAGES_PER_RECORD,
 };
-use crate::vm::{SourceVm, VmError};
+use crate::vm::SourceVm;
 use crate::volatile_io::is_zero_page;
 
 /// Sends pages; keeps its buffers.
@@ -20,7 +20,7 @@ pub(in crate::source) struct Frozen {
 }
 
 impl Frozen {
-    /// Sends these pages, those of zeros as such.
+    /// Sends these pages, which are whole units; a unit of zeros as such.
     pub(in crate::source) fn send<W: Write>(
         &mut self,
         out: &mut RecordWriter<W>,
@@ -28,27 +28,22 @@ impl Frozen {
         runs: &[PageRange],
     ) -> Result<(), StreamError> {
         for run in runs {
-            let slice = vm.slice(*run).map_err(|error| out.error(Problem::Vm(error)))?;
-            for at in 0..run.pages() {
-                let gfn = Gfn(run.start().0 + at);
-                let offset = at as usize * PAGE_BYTES;
+            for unit in run.chunks(vm.unit_pages()) {
                 // Pieces end with their run, which is within one region.
-                let first = at == 0;
-                if is_zero_page(&slice, offset) {
-                    push(&mut self.zeros, gfn, first);
+                let first = unit.start() == run.start();
+                let slice = vm.slice(unit).map_err(|error| out.error(Problem::Vm(error)))?;
+                if (0..slice.len()).step_by(PAGE_BYTES).all(|at| is_zero_page(&slice, at)) {
+                    push(&mut self.zeros, unit, first);
                     continue;
                 }
-                push(&mut self.runs, gfn, first);
-                let start = self.data.len();
-                self.data.resize(start + PAGE_BYTES, 0);
-                slice
-                    .subslice(offset, PAGE_BYTES)
-                    .map_err(|error| out.error(Problem::Vm(VmError::Other(error.to_string()))))?
-                    .copy_to(&mut self.data[start..]);
-                self.pages += 1;
-                if self.pages == MAX_PAGES_PER_RECORD {
+                if self.pages + unit.pages() > MAX_PAGES_PER_RECORD {
                     self.flush(out)?;
                 }
+                push(&mut self.runs, unit, first);
+                self.pages += unit.pages();
+                let start = self.data.len();
+                self.data.resize(start + slice.len(), 0);
+                slice.copy_to(&mut self.data[start..]);
             }
         }
         self.flush(out)?;
@@ -73,11 +68,11 @@ impl Frozen {
     }
 }
 
-fn push(runs: &mut Vec<PageRange>, gfn: Gfn, begins: bool) {
+fn push(runs: &mut Vec<PageRange>, unit: PageRange, begins: bool) {
     match runs.last_mut() {
-        Some(last) if last.end() == gfn && !begins => {
-            *last = PageRange::trusted(last.start(), last.pages() + 1);
+        Some(last) if last.end() == unit.start() && !begins => {
+            *last = PageRange::trusted(last.start(), last.pages() + unit.pages());
         }
-        _ => runs.push(PageRange::trusted(gfn, 1)),
+        _ => runs.push(unit),
     }
 }
