@@ -42,11 +42,16 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// Most memory that a process ever had, KiB.
+/// Most memory that a process ever had, KiB; `None` once it has ended.
+fn peak_if_alive(vm: &Vm) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1).unwrap().parse().unwrap())
+}
+
+/// The same of one that has not.
 fn peak(vm: &Vm) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    peak_if_alive(vm).unwrap()
 }
 
 fn connect(to: &str) -> TcpStream {
