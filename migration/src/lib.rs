@@ -44,6 +44,7 @@ pub use layout::{LayoutError, MemoryLayout};
 pub use link::Timing;
 pub use page_set::PageSet;
 pub use vm::{
-    DestinationHost, DestinationMemory, DestinationVm, DirtySource, GuestMemory, Mode, Offer,
-    PauseReason, Section, SourceVm, VmControl, VmError, VmState,
+    DestinationHost, DestinationMemory, DestinationVm, DirtySource, GuestMemory, LateFrame,
+    LateFrames, Mode, Offer, PauseReason, Section, SourceVm, VmControl, VmError, VmState,
+    MAX_LATE_FRAME,
 };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::handover::{Cause, SourcePhase};
-use crate::source::PostcopyReport;
+use crate::source::{LateReport, PostcopyReport};
 use crate::vm::Mode;
 
 /// Durations as microseconds; the fields' names say so.
@@ -148,7 +148,7 @@ pub struct Report {
     /// Who owns the VM now.
     #[serde(flatten)]
     pub outcome: Outcome,
-    /// From the first connection to the end.
+    /// From the first connection to the end, without waiting for late frames.
     #[serde(rename = "total_us", with = "micros")]
     pub total: Duration,
     /// Of that, until the destination had made the VM.
@@ -176,6 +176,9 @@ pub struct Report {
     pub cpu_destination: Option<Duration>,
     /// How memory followed the guest, if it did.
     pub postcopy: Option<PostcopyReport>,
+    /// Frames that reached the source after the pause and were sent on; `None` where that was not
+    /// done.
+    pub late_frames: Option<LateReport>,
 }
 
 /// How far a source is.

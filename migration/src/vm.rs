@@ -215,6 +215,27 @@ pub trait DestinationMemory: GuestMemory {
     fn zero(&self, range: PageRange) -> Result<(), VmError>;
 }
 
+/// A frame of the network that reached a guest's old host; its bytes are the VMM's own business.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LateFrame {
+    /// Which network card, counted from 0.
+    pub card: u16,
+    /// The frame, at most [`MAX_LATE_FRAME`] bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// Longest frame that is forwarded, with what the VMM has before it, bytes.
+pub const MAX_LATE_FRAME: usize = (64 << 10) + 64;
+
+/// Frames for a guest that has stopped: kept from the pause on, for who runs the guest next. If it goes
+/// on at the source, [`VmControl::resume`] gives them to it.
+pub trait LateFrames: Send + Sync {
+    /// Takes frames, those of a card in the order in which they came; about 128 KiB at most. Waits until there
+    /// are some, or until `deadline`. Of what came after `committed`, when the destination was about to
+    /// run the guest, only frames that cannot have reached it by themselves.
+    fn take(&self, committed: Instant, deadline: Instant) -> Vec<LateFrame>;
+}
+
 /// A VM that is migrated away. All but the supertraits has a default that does nothing.
 pub trait SourceVm: GuestMemory + DirtySource + VmControl + VmState {
     /// How long [`VmState::save_sections`] will take; part of the predicted pause.
@@ -262,6 +283,11 @@ pub trait SourceVm: GuestMemory + DirtySource + VmControl + VmState {
     /// [`VmError`]; the migration is given up, and [`SourceVm::reclaim_ownership`] is called.
     fn release_ownership(&self) -> Result<(), VmError> {
         Ok(())
+    }
+
+    /// Frames that reach this host after the pause, where the VM has network cards.
+    fn late_frames(&self) -> Option<&dyn LateFrames> {
+        None
     }
 
     /// Takes back what [`SourceVm::release_ownership`] gave up, all or part of it.
@@ -315,6 +341,15 @@ pub trait DestinationVm: DestinationMemory + VmState {
     /// [`VmError`]; the VM stays paused, and it is tried again.
     fn take_ownership(&self) -> Result<(), VmError> {
         Ok(())
+    }
+
+    /// Gives the guest a frame that reached its old host. From a peer: the card may not exist, and
+    /// the bytes may be anything. Must not wait, not for the guest's memory either.
+    ///
+    /// # Errors
+    /// [`VmError::Other`]: no such card, or not a frame.
+    fn late_frame(&self, card: u16, bytes: &[u8]) -> Result<(), VmError> {
+        Err(VmError::Other(format!("a frame of {} bytes for card {card}", bytes.len())))
     }
 
     /// Lets the guest run, or, without `run`, leaves it as an operator's pause does.

@@ -175,6 +175,9 @@ pub struct MigrateRequest {
     /// Post-copy: how the order of pages follows what the guest asks for.
     #[serde(default)]
     pub prepaging: Option<Prepaging>,
+    /// Whether packets that reach this host after the pause are sent after the guest.
+    #[serde(default)]
+    pub forward_packets: Option<bool>,
     /// Most rounds while the guest runs; see [`crate::config::MigrationConfig`].
     #[serde(default)]
     pub max_rounds: Option<u32>,

@@ -319,6 +319,9 @@ fn run_machine(
         if !process.paused {
             machine.resume()?;
         }
+        if restored {
+            machine.announce_move();
+        }
         let end = vm.stay();
         machine.events().close();
         api.shutdown();

@@ -128,6 +128,7 @@ fn the_fields_are_the_same() {
         "switch_after_ms",
         "push",
         "prepaging",
+        "forward_packets",
         "max_rounds",
         "max_bytes_factor",
         "dirty_pages",

@@ -13,7 +13,7 @@ use crate::identity::Token;
 use crate::link::MainLink;
 use crate::report::as_micros;
 use crate::stream::session::{
-    shortened, Accept, Hello, Ready, Refuse, MAX_REASONS, MAX_REASON_BYTES,
+    shortened, Accept, Hello, Ready, Refuse, FEATURE_FRAMES, MAX_REASONS, MAX_REASON_BYTES,
 };
 use crate::stream::{RecordReader, RecordType, RecordWriter, StreamKind};
 use crate::transport::{Stream, Transport};
@@ -25,7 +25,11 @@ impl Session<'_, '_, '_> {
     pub(super) fn negotiate(&mut self) -> Result<DestinationEvent, Failure> {
         let link = Arc::new(MainLink::open(Arc::clone(&self.main), StreamKind::Migration)?);
         self.link = Some(Arc::clone(&link));
-        link.send(&Hello { id: self.offer.id.0, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
+        link.send(&Hello {
+            id: self.offer.id.0,
+            program: env!("CARGO_PKG_VERSION"),
+            features: FEATURE_FRAMES,
+        })?;
         let interval = self.offer.alive;
         self.spawn("mig-alive", move || link.keep_alive(interval))?;
         let mut reasons = self.around.host.check(&self.offer);

@@ -21,8 +21,8 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::snapshot::{take_chunk, Blob, MAX_SECTIONS, MAX_STATE_BYTES};
 use crate::stream::session::{
-    printable, Abort, Alive, Commit, Complete, Done, Echo, Hello, OfferWire, Switch,
-    MAX_CONNECTIONS,
+    printable, Abort, Alive, Commit, Complete, Done, Echo, FrameWire, Frames, Hello, OfferWire,
+    Switch, MAX_CONNECTIONS,
 };
 use crate::stream::{
     decode_layout, decode_runs, decode_section, BlobChunk, BlobKind, Config, Machine, Problem,
@@ -30,7 +30,7 @@ use crate::stream::{
 };
 use crate::transport::{Stream, Transport};
 use crate::verify::hash_count;
-use crate::vm::{Mode, Offer, Section};
+use crate::vm::{Mode, Offer, Section, MAX_LATE_FRAME};
 
 /// The longest pause that is believed: a cold migration of terabytes.
 const MAX_PAUSED: Duration = Duration::from_secs(24 * 3600);
@@ -341,6 +341,23 @@ impl Order {
                 self.part = Part::Done;
                 Input::Commit { run: commit.run }
             }
+            (RecordType::Frames, Part::Done) => {
+                let frames: Frames<'_> = record.decode("FRAMES")?;
+                let Some(vm) = self.stage.running.get() else {
+                    return Err(unexpected("DONE, or FRAMES after RESUMED"));
+                };
+                if frames.frames.len() > Frames::MOST {
+                    return Err(malformed(&record, format!("{} frames", frames.frames.len())));
+                }
+                for FrameWire { card, bytes } in frames.frames {
+                    let taken = match bytes.len() <= MAX_LATE_FRAME {
+                        true => vm.late_frame(card, bytes).map_err(|error| error.to_string()),
+                        false => Err(format!("a frame of {} bytes", bytes.len())),
+                    };
+                    taken.map_err(|what| malformed(&record, what))?;
+                }
+                return Ok(true);
+            }
             (RecordType::Done, Part::Done) => {
                 let Done {} = record.decode("DONE")?;
                 let _ = inbox.send(Input::Done);
@@ -351,7 +368,7 @@ impl Order {
             }
             (_, Part::State) => return Err(unexpected("STATE or COMPLETE")),
             (_, Part::Commit) => return Err(unexpected("COMMIT, after LOADED")),
-            (_, Part::Done) => return Err(unexpected("DONE")),
+            (_, Part::Done) => return Err(unexpected("FRAMES or DONE")),
         };
         Ok(inbox.send(input).is_ok())
     }

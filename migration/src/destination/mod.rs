@@ -27,7 +27,7 @@ mod tests;
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{mpsc, Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{mpsc, Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,7 +42,7 @@ use crate::snapshot::Blob;
 use crate::stream::{RecordReader, RecordWriter};
 use crate::threads;
 use crate::transport::{Listener, Stream, Transport};
-use crate::vm::{DestinationHost, Offer, Section, VmError};
+use crate::vm::{DestinationHost, DestinationVm, Offer, Section, VmError};
 
 pub use postcopy::DrainReport;
 
@@ -217,8 +217,12 @@ impl DestinationControl {
 }
 
 /// How far the source may have gone on the main connection: what it sends earlier is a breach.
-#[derive(Debug, Default)]
-struct Stage(AtomicU8);
+#[derive(Default)]
+struct Stage {
+    reached: AtomicU8,
+    /// The VM, once its guest runs.
+    running: OnceLock<Arc<dyn DestinationVm>>,
+}
 
 impl Stage {
     const ACCEPTED: u8 = 1;
@@ -226,11 +230,11 @@ impl Stage {
     const LOADED: u8 = 3;
 
     fn set(&self, stage: u8) {
-        self.0.store(stage, Ordering::Release);
+        self.reached.store(stage, Ordering::Release);
     }
 
     fn reached(&self, stage: u8) -> bool {
-        self.0.load(Ordering::Acquire) >= stage
+        self.reached.load(Ordering::Acquire) >= stage
     }
 }
 

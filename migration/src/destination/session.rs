@@ -21,6 +21,7 @@ use crate::journal::{DestinationEntry, Journal};
 use crate::link::MainLink;
 use crate::page_set::PageSet;
 use crate::report::as_micros;
+use crate::source::LONGEST_LATE;
 use crate::stream::session::{Echo, Loaded, Resumed};
 use crate::stream::{RecordReader, RecordWriter};
 use crate::threads;
@@ -285,6 +286,10 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                     resume_us: as_micros(self.resume),
                     cpu_us: as_micros(self.cpu),
                 };
+                // From here on frames may come.
+                if let Some(vm) = &self.vm {
+                    let _ = self.stage.running.set(Arc::clone(vm));
+                }
                 // The guest runs whether the source gets this or not.
                 if let Err(failure) = self.link().and_then(|link| Ok(link.send(&resumed)?)) {
                     tracing::info!(reasons = ?failure.reasons, "the source must ask");
@@ -550,7 +555,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         let drained = self.drain.as_ref().map(Drain::report);
         if self.phase == DestinationPhase::Running && self.link.is_some() && drained.is_none() {
             // Until the source says that it knows, somebody must be there to be asked.
-            let deadline = Instant::now() + self.offer.dead;
+            let deadline = Instant::now() + self.offer.dead + LONGEST_LATE;
             while let Some(input) = self.next(deadline) {
                 self.confirmed = matches!(input, Input::Done);
                 if self.confirmed || matches!(input, Input::Lost { .. } | Input::Aborted(_)) {

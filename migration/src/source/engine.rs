@@ -12,6 +12,7 @@ use crate::journal::{EntryState, Journal, Side, SourceEntry};
 use crate::link::MainLink;
 use crate::page_set::PageSet;
 use crate::report::{Outcome, PauseReport, Progress, Report, RoundReport};
+use crate::source::late::{LateReport, LateThread};
 use crate::source::peer::Message;
 use crate::source::postcopy::outflow::Outflow;
 use crate::source::postcopy::{Joint, PostcopyReport};
@@ -139,6 +140,14 @@ pub(super) struct Engine<'scope, 'env, 'blob> {
     /// When the last part of the pause ended.
     pub(super) pause_mark: Instant,
     pub(super) cpu_destination: Option<Duration>,
+    /// When COMMIT was about to be sent.
+    pub(super) committed: Option<Instant>,
+    /// The destination takes frames that come late.
+    pub(super) takes_frames: bool,
+    pub(super) late: Option<LateReport>,
+    pub(super) late_thread: Option<LateThread<'scope>>,
+    /// When all was over but for late frames.
+    pub(super) ended: Option<Instant>,
     /// A message that came before it was waited for.
     pub(super) early: Option<Message>,
     pub(super) ask_wait: Duration,
@@ -198,6 +207,11 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             pause_started: None,
             pause_mark: now,
             cpu_destination: None,
+            committed: None,
+            takes_frames: false,
+            late: None,
+            late_thread: None,
+            ended: None,
             early: None,
             ask_wait: ASK_FIRST,
             resolved: None,
@@ -306,6 +320,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             }
             SourceAction::SendCommit => {
                 let run = !vm.paused_by_operator();
+                self.committed = Some(Instant::now());
                 self.link().and_then(|link| Ok(link.send(&Commit { run })?)).map_err(
                     |failure| (SourceEvent::Failed(Cause::Lost), failure.reasons.join("; ")),
                 )?;
@@ -313,8 +328,10 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                 self.start_push();
             }
             // It is sent when all memory has followed.
-            SourceAction::SendDone if self.postcopy.is_some() => {}
+            SourceAction::SendDone if self.postcopy.is_some() => self.forward_late(),
             SourceAction::SendDone => {
+                self.ended = Some(Instant::now());
+                self.forward_late();
                 // The destination runs the guest whether it gets this or not.
                 if let Err(failure) = self.link().and_then(|link| Ok(link.send(&Done {})?)) {
                     tracing::debug!(?failure, "DONE was not sent");
@@ -529,6 +546,8 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             state.shared = None;
             state.outflow = None;
         }
+        self.finish_late();
+        let ended = self.ended.unwrap_or_else(Instant::now);
         self.tell(None);
         let reasons = std::mem::take(&mut self.reasons);
         let outcome = match self.phase {
@@ -537,7 +556,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             _ => Outcome::Unresolved { reasons },
         };
         let moved = outcome == Outcome::HandedOver;
-        tracing::info!(?outcome, total = ?self.started.elapsed(), pause = ?self.pause.total);
+        tracing::info!(?outcome, total = ?(ended - self.started), pause = ?self.pause.total);
         Report {
             id: self.around.control.id().to_string(),
             vm: self.offering.name,
@@ -545,7 +564,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             mode: self.around.options.mode,
             verify: self.around.options.verify,
             outcome,
-            total: self.started.elapsed(),
+            total: ended - self.started,
             setup: self.setup,
             rounds: self.rounds,
             stall: self.stall,
@@ -557,6 +576,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             cpu_source: process_cpu_time().saturating_sub(self.cpu_started),
             cpu_destination: self.cpu_destination,
             postcopy: self.postcopy.filter(|_| moved),
+            late_frames: self.late.filter(|_| moved),
         }
     }
 }

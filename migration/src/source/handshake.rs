@@ -32,7 +32,7 @@ impl Engine<'_, '_, '_> {
         self.send_offer(&link)?;
         self.spawn("mig-alive", move || link.keep_alive(timing.alive))?;
         match self.wait_for_message(timing.accept, "answer the offer")? {
-            Message::Accept { token, connections } => {
+            Message::Accept { token, connections, frames } => {
                 if let Some(entry) = &mut self.entry {
                     entry
                         .set_token(&token)
@@ -40,6 +40,7 @@ impl Engine<'_, '_, '_> {
                 }
                 self.token = Some(token);
                 self.connections = connections;
+                self.takes_frames = frames;
                 Ok(SourceEvent::Accepted)
             }
             other => Err(unexpected(&other)),

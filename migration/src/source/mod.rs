@@ -4,7 +4,8 @@
 //!   migrate_to (the caller's thread): phases, rounds, the pause
 //!      |-- mig-main-in    reads the main connection       |
 //!      |-- mig-alive      keepalive                       |--> one inbox
-//!      `-- mig-send-N     one per page connection         |
+//!      |-- mig-send-N     one per page connection         |
+//!      `-- mig-frames     with post-copy: frames of the network that came late
 //! ```
 //!
 //! Who owns the VM is decided by [`crate::handover`] only; `engine` does what it says. `rounds` copies
@@ -13,6 +14,7 @@
 
 mod engine;
 mod handshake;
+mod late;
 mod pacer;
 mod passes;
 mod pause;
@@ -42,6 +44,8 @@ use crate::stream::{Config, Machine};
 use crate::transport::Connector;
 use crate::vm::{Mode, SourceVm};
 
+pub(crate) use late::LONGEST as LONGEST_LATE;
+pub use late::{LateOptions, LateReport};
 pub use postcopy::{PostcopyOptions, PostcopyReport};
 pub use predict::{Limits, OnStall};
 pub use resolve::{ask_verdict, AskError};
@@ -69,6 +73,8 @@ pub struct SourceOptions {
     /// Bytes per second on all page connections together while the guest runs. The pause does
     /// not wait for it.
     pub bandwidth: Option<u64>,
+    /// Frames that reach this host after its guest has left.
+    pub late: LateOptions,
     /// Time limits.
     pub timing: Timing,
 }
@@ -84,6 +90,7 @@ impl Default for SourceOptions {
             limits: Limits::default(),
             on_stall: OnStall::default(),
             bandwidth: None,
+            late: LateOptions::default(),
             timing: Timing::default(),
         }
     }

@@ -14,7 +14,7 @@ use crate::page_set::PageSet;
 use crate::source::Input;
 use crate::stream::session::{
     printable, Abort, Accept, Alive, Drained, Echo, Hello, Loaded, Ready, Recovered, Refuse,
-    Resumed, MAX_CONNECTIONS, MAX_REASONS,
+    Resumed, FEATURE_FRAMES, MAX_CONNECTIONS, MAX_REASONS,
 };
 use crate::stream::{decode_runs, Problem, RecordReader, RecordType, StreamError, StreamKind};
 use crate::transport::{Stream, Transport};
@@ -25,6 +25,8 @@ pub(super) enum Message {
     Accept {
         token: Token,
         connections: u16,
+        /// It takes frames that come late.
+        frames: bool,
     },
     Refuse(Vec<String>),
     Ready {
@@ -94,6 +96,7 @@ fn read(
         return Err(record.error(Problem::Malformed { record_type: RecordType::Hello, what }));
     }
     tracing::debug!(program = hello.program, "the destination answers");
+    let frames = hello.features & FEATURE_FRAMES != 0;
     let mut expected = RecordType::Accept;
     loop {
         let record = records.next_record()?;
@@ -126,7 +129,7 @@ fn read(
                 }
                 let token = Token::from_bytes(accept.token);
                 let connections = accept.connections;
-                (Message::Accept { token, connections }, RecordType::Ready)
+                (Message::Accept { token, connections, frames }, RecordType::Ready)
             }
             (RecordType::Ready, RecordType::Ready) => {
                 let ready: Ready = record.decode("READY")?;

@@ -167,12 +167,14 @@ pub enum RecordType {
     Verdict = 0x0037,
     /// All pages are there.
     Drained = 0x0038,
+    /// Frames that reached the guest's old host.
+    Frames = 0x0039,
     /// Totals; nothing follows.
     End = 0x00ff,
 }
 
 impl RecordType {
-    const ALL: [RecordType; 36] = [
+    const ALL: [RecordType; 37] = [
         RecordType::Machine,
         RecordType::Config,
         RecordType::Blob,
@@ -208,6 +210,7 @@ impl RecordType {
         RecordType::Query,
         RecordType::Verdict,
         RecordType::Drained,
+        RecordType::Frames,
         RecordType::End,
     ];
 
@@ -228,6 +231,7 @@ impl RecordType {
             }
             RecordType::Request => MAX_REQUEST_BYTES,
             RecordType::Drained => 16 << 10,
+            RecordType::Frames => (256 << 10) + (16 << 10),
             RecordType::State => (16 << 20) + (4 << 10),
             RecordType::Hello => 1 << 10,
             RecordType::Offer => (1 << 20) + (4 << 10),

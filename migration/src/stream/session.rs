@@ -111,6 +111,10 @@ payloads! {
         resume_us: u64,
         cpu_us: u64,
     }
+    Frames<'a> = Frames {
+        #[serde(borrow)]
+        frames: Vec<FrameWire<'a>>,
+    }
     Done = Done {}
     Drained<'a> = Drained {
         demand_pages: u64,
@@ -141,6 +145,24 @@ payloads! {
         verdict: u16,
     }
 }
+
+/// A frame in FRAMES.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FrameWire<'a> {
+    pub(crate) card: u16,
+    #[serde(borrow, serialize_with = "as_bytes")]
+    pub(crate) bytes: &'a [u8],
+}
+
+impl Frames<'_> {
+    /// Most frames in a record.
+    pub(crate) const MOST: usize = 1024;
+    /// Most bytes of frames in a record.
+    pub(crate) const MOST_BYTES: usize = 256 << 10;
+}
+
+/// Ability in HELLO of a destination: it takes FRAMES.
+pub(crate) const FEATURE_FRAMES: u64 = 1 << 0;
 
 /// Role of a connection for pages in JOIN.
 pub(crate) const ROLE_PAGES: u16 = 1;

@@ -91,7 +91,7 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_enum, default_value_t)]
     mode: MigrationMode,
     /// Let a post-copy migration that lost its connections try again now, with --to at another address
-    #[arg(long, conflicts_with_all = ["mode", "rounds", "switch_after", "push", "prepaging", "on_stall"])]
+    #[arg(long, conflicts_with_all = ["mode", "rounds", "switch_after", "push", "prepaging", "on_stall", "forward_packets"])]
     pub(super) recover: bool,
     /// Hybrid: rounds before the guest moves [default: 1, without --switch-after]
     #[arg(long, value_name = "N")]
@@ -106,6 +106,9 @@ pub(super) struct MigrateArgs {
     /// Post-copy: in which order pages go, and what goes with one that was asked for [default: bubble]
     #[arg(long, value_enum)]
     prepaging: Option<PrepagingChoice>,
+    /// Send packets after the guest that still come to this host, until none have come for 0.2 s, or for 5 s [default: on]
+    #[arg(long, value_enum)]
+    forward_packets: Option<Switch>,
     /// How long the guest may stand still: 20ms, 1s [default: 20ms]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     downtime: Option<Duration>,
@@ -203,6 +206,7 @@ impl MigrateArgs {
                 PrepagingChoice::Linear => Prepaging::Linear,
                 PrepagingChoice::Bubble => Prepaging::Bubble,
             }),
+            forward_packets: self.forward_packets.map(|forward| forward == Switch::On),
             connections: self.connections,
             bandwidth: self.bandwidth,
             verify: self.verify,

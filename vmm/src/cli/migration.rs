@@ -221,7 +221,24 @@ fn report_text(name: &str, report: &Value) -> String {
             number(&report["cpu_destination_us"]) / 1e6,
         );
     }
-    lines + &postcopy_text(&report["postcopy"])
+    lines + &postcopy_text(&report["postcopy"]) + &late_text(&report["late_frames"])
+}
+
+/// What was sent after the guest; nothing if nothing was.
+fn late_text(late: &Value) -> String {
+    if late["frames"].as_u64().unwrap_or(0) == 0 {
+        return String::new();
+    }
+    let end = match (late["interrupted"].as_bool(), late["at_limit"].as_bool()) {
+        (Some(true), _) => "; then the connection was lost",
+        (_, Some(true)) => "; then the time was up, and more came",
+        _ => "",
+    };
+    format!(
+        "  {} packets had come to the old host and were sent after it, the last {} later{end}\n",
+        late["frames"],
+        ms(&late["last_us"]),
+    )
 }
 
 /// How memory followed its guest; nothing if it did not.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::{DestinationVm, Gfn, Section, SourceVm, VmError};
+use migration::{DestinationVm, Gfn, LateFrames, Section, SourceVm, VmError};
 use serde_json::json;
 
 use super::{lock, Machine, MachineError};
@@ -29,6 +29,7 @@ impl Machine {
             if !self.context.requested.load(Ordering::SeqCst) {
                 self.operator_paused.store(!was_running, Ordering::Release);
                 self.held.store(true, Ordering::Release);
+                self.virtio.cards().keep();
                 return Ok(());
             }
             if was_running {
@@ -49,8 +50,10 @@ impl Machine {
         if !self.held.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.virtio.cards().open();
         if !self.operator_paused.load(Ordering::Acquire) {
             self.resume_held()?;
+            self.virtio.cards().announce_again();
         }
         self.held.store(false, Ordering::Release);
         Ok(())
@@ -100,6 +103,15 @@ impl Machine {
         self.virtio.migration_blocker()
     }
 
+    /// Announces the guest to the network: it is at another port of a switch than it was.
+    pub fn announce_move(&self) {
+        let cards = self.virtio.cards();
+        if !cards.is_empty() {
+            cards.announce_move();
+            self.events.push("announced", json!({ "cards": cards.len() }));
+        }
+    }
+
     /// Whether a part of the guest's memory is still at its source.
     #[must_use]
     pub fn is_draining(&self) -> bool {
@@ -134,6 +146,11 @@ impl SourceVm for Machine {
         Ok(())
     }
 
+    fn late_frames(&self) -> Option<&dyn LateFrames> {
+        let cards = self.virtio.cards();
+        (!cards.is_empty()).then_some(cards as _)
+    }
+
     fn release_ownership(&self) -> Result<(), VmError> {
         self.virtio.release_disks().map_err(|error| VmError::Other(error.to_string()))
     }
@@ -154,20 +171,28 @@ impl DestinationVm for Machine {
         self.virtio.hold_balloon(draining);
     }
 
+    fn late_frame(&self, card: u16, bytes: &[u8]) -> Result<(), VmError> {
+        match self.virtio.cards().inject(card, bytes) {
+            true => Ok(()),
+            false => Err(VmError::Other(format!(
+                "{} bytes for network card {card} of {}",
+                bytes.len(),
+                self.virtio.cards().len()
+            ))),
+        }
+    }
+
     fn take_ownership(&self) -> Result<(), VmError> {
         self.reclaim_ownership()
     }
 
     fn start(&self, run: bool) -> Result<(), VmError> {
         self.set_created();
+        self.virtio.cards().open();
         if run && !self.arrives_paused.load(Ordering::Acquire) {
             Machine::resume(self).map_err(|error| VmError::Other(error.to_string()))?;
         }
-        // Switches learn from it where the guest is now.
-        let silent = self.virtio.announce();
-        if !silent.is_empty() {
-            tracing::debug!(cards = silent.len(), "the guest does not announce its cards");
-        }
+        self.announce_move();
         Ok(())
     }
 }

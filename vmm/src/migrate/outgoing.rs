@@ -8,7 +8,8 @@ use migration::handover::SourcePhase;
 use migration::identity::MigrationId;
 use migration::report::{Outcome, Progress, Report};
 use migration::source::{
-    migrate_to, Limits, Offering, OnStall, PostcopyOptions, SourceControl, SourceOptions,
+    migrate_to, LateOptions, Limits, Offering, OnStall, PostcopyOptions, SourceControl,
+    SourceOptions,
 };
 use migration::transport::TcpConnector;
 use migration::Timing;
@@ -371,6 +372,10 @@ fn options(
         },
         on_stall: request.on_stall.unwrap_or_default(),
         bandwidth: request.bandwidth.filter(|bandwidth| *bandwidth > 0),
+        late: LateOptions {
+            forward: request.forward_packets.unwrap_or(true),
+            ..LateOptions::default()
+        },
         timing: timing(request.dead_after_ms)?,
     };
     if !(1..=64).contains(&options.connections) {

@@ -62,7 +62,7 @@ impl ThreadKind {
     pub fn of_engine(name: &str) -> Option<Self> {
         let is = |prefix| name.starts_with(prefix);
         match name {
-            "mig-alive" | "mig-main-in" => Some(Self::Link),
+            "mig-alive" | "mig-main-in" | "mig-frames" => Some(Self::Link),
             // As `receive`, whose work it does.
             "mig-load" => None,
             "mig-door" => Some(Self::Door),

@@ -13,7 +13,10 @@
 //! an irqfd: KVM delivers an irqfd of an I/O APIC pin from a work queue, which takes longer, and
 //! what is on its way there is in nobody's state.
 
+mod announce;
+mod cards;
 mod disk;
+mod port;
 mod set;
 mod slot;
 mod tap;
@@ -25,6 +28,7 @@ use devices::virtio::block::{DiskError, LockError};
 
 use crate::network::NetworkError;
 
+pub use cards::Cards;
 pub use set::{DiskOwnership, VirtioParts, VirtioSet};
 pub use tap::TapError;
 

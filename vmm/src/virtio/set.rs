@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -13,27 +11,21 @@ use devices::virtio::balloon::{Balloon, PAGE};
 use devices::virtio::block::{Block, DiskError, DiskFile};
 use devices::virtio::console::Console;
 use devices::virtio::mmio::{QuiesceError, SIZE};
-use devices::virtio::net::{
-    FdBackend, MacAddress, Net, NetConfig as CardConfig, Offloads, RECEIVE,
-};
 use devices::virtio::rng::{HostEntropy, Rng};
-use devices::virtio::{Handle, Progress};
+use devices::virtio::Handle;
 use devices::{BusError, InterruptLine, Payload, PersistError};
 use kvm_ioctls::VmFd;
 
+use super::cards::{Card, Cards, Unplugged};
 use super::slot::{Counters, Slot, Socket};
-use super::worker::Backend;
-use super::{disk, tap, VirtioError};
+use super::{cards, disk, VirtioError};
 use crate::acpi::VirtioMmioDevice;
 use crate::config::{CacheMode, VmConfig};
 use crate::console::ConsoleWriter;
 use crate::control::DeviceStats;
 use crate::layout;
 use crate::memory::{GuestRam, Memory, RamDiscard};
-use crate::network;
 
-type SetOffloads = fn(&OwnedFd, Offloads) -> io::Result<()>;
-type Card = Net<FdBackend<SetOffloads>>;
 type DiskHandle = Handle<Block<DiskFile>, Memory>;
 
 /// Whether the machine that is made may use its disks at once.
@@ -66,7 +58,7 @@ pub struct VirtioParts<'a> {
 pub struct VirtioSet {
     slots: Vec<Slot>,
     disks: Vec<(DiskHandle, Option<Arc<File>>)>,
-    nets: Vec<(String, Handle<Card, Memory>)>,
+    cards: Cards,
     balloon: Option<Handle<Balloon<RamDiscard>, Memory>>,
     console: Option<Handle<Console<ConsoleWriter>, Memory>>,
 }
@@ -122,15 +114,9 @@ impl VirtioSet {
             set.disks.push((handle, host_file));
         }
         for net in &config.nets {
-            let fd = match net.attachment.tap() {
-                Some(tap) => tap::open(tap)?,
-                None => network::make_tap(net, &config.name, tap::make)?,
-            };
-            let backend = FdBackend::new(fd, Some(tap::set_offloads as SetOffloads));
-            let card = CardConfig { mac: MacAddress(net.mac.0), mtu: net.mtu };
-            let card = Net::new(backend, card);
+            let Unplugged { card, metrics, port } = set.cards.make(net, &config.name, parts.disks)?;
             let counters = counters!(
-                card.metrics(),
+                metrics,
                 rx_frames,
                 rx_bytes,
                 rx_dropped,
@@ -138,12 +124,17 @@ impl VirtioSet {
                 tx_bytes,
                 tx_dropped,
                 backend_errors,
-                announcements
+                announcements,
+                announced,
+                kept,
+                kept_dropped,
+                late,
+                early_dropped
             );
-            let (slot, handle) =
-                socket(&set.slots).plug(&net.id, card, counters, |card| tap_backend(card))?;
+            let backend = |card: &Handle<Card, Memory>| cards::backend(card, &port).map(Some);
+            let (slot, handle) = socket(&set.slots).plug(&net.id, card, counters, backend)?;
             set.slots.push(slot);
-            set.nets.push((net.id.clone(), handle));
+            set.cards.plugged(&net.id, handle, port);
         }
         if config.rng {
             let entropy = HostEntropy::new().map_err(|error| VirtioError::Setup {
@@ -296,6 +287,7 @@ impl VirtioSet {
             let payload = find(kind, instance)?;
             slot.control.restore_device(&payload).map_err(|e| failed(kind, instance, e))?;
         }
+        self.cards.restored();
         Ok(())
     }
 
@@ -363,25 +355,13 @@ impl VirtioSet {
 
     /// Plugs the cable of card `id` in or out. False where there is no such card.
     pub fn set_link(&self, id: &str, up: bool) -> bool {
-        let Some((_, card)) = self.nets.iter().find(|(name, _)| name == id) else { return false };
-        card.change_config(|card| card.set_link(up));
-        true
+        self.cards.set_link(id, up)
     }
 
-    /// Asks the guest to announce all of its cards; gives the addresses of those that it cannot.
+    /// The network cards.
     #[must_use]
-    pub fn announce(&self) -> Vec<MacAddress> {
-        let mut left = Vec::new();
-        for (_, card) in &self.nets {
-            card.change_config(|card| {
-                let asked = card.announce();
-                if !asked {
-                    left.push(card.mac());
-                }
-                asked
-            });
-        }
-        left
+    pub fn cards(&self) -> &Cards {
+        &self.cards
     }
 
     /// Files of disks with a cache of the host's that the guest relies on, to be flushed beside the
@@ -414,19 +394,3 @@ impl VirtioSet {
 
 /// Kind of the state of a device's registers.
 const REGISTERS: &str = "virtio-mmio";
-
-/// Waits for frames of the tap.
-fn tap_backend(card: &Handle<Card, Memory>) -> io::Result<Option<Backend>> {
-    let fd = card.with_device(|card| card.backend_mut().fd().as_fd().try_clone_to_owned())?;
-    let card = card.clone();
-    let ready = move || {
-        let received = card.with_queues(|card, context| {
-            // Frames that are left make the tap readable again: the guest's own have their turn.
-            let more = card.receive(context)? == Progress::More;
-            Ok(more || card.wants_frames())
-        });
-        // Without a driver, or while the machine stands: a notification follows when that changes.
-        received.unwrap_or(false)
-    };
-    Ok(Some(Backend { fd, queue: RECEIVE, ready: Box::new(ready) }))
-}

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::mpsc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::virtio::{QueueNotifier, VirtioControl};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -48,6 +48,9 @@ pub(super) struct Backend {
     pub(super) queue: usize,
     /// Takes what is there. False when waiting for more is of no use for now.
     pub(super) ready: Box<dyn FnMut() -> bool + Send>,
+    /// Does what is due by now, and tells when it is to be called at the latest; also called whenever the
+    /// thread wakes.
+    pub(super) timer: Box<dyn FnMut(Instant) -> Option<Instant> + Send>,
 }
 
 /// The running thread.
@@ -153,7 +156,8 @@ fn run(
     let mut ready = [EpollEvent::default(); 8];
     let mut watching = true;
     loop {
-        let count = match events.epoll.wait(-1, &mut ready) {
+        let due = backend.as_mut().and_then(|backend| (backend.timer)(Instant::now()));
+        let count = match events.epoll.wait(due.map_or(-1, millis_until), &mut ready) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => {
@@ -194,13 +198,18 @@ fn run(
     }
 }
 
+/// Whole milliseconds until then, rounded up: to wake too early would be to look in vain.
+fn millis_until(at: Instant) -> i32 {
+    let left = at.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+    i32::try_from(left).unwrap_or(i32::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
     use std::sync::mpsc::{Receiver, Sender};
-    use std::time::Instant;
 
     use devices::virtio::mmio::QuiesceError;
     use devices::{Payload, PersistError};
@@ -275,7 +284,12 @@ mod tests {
             sender.send(read.map(|_| byte[0])).unwrap();
             more
         };
-        (Backend { fd: near.into(), queue: 1, ready: Box::new(ready) }, [far, of_device], taken)
+        let timer = Box::new(|_| None);
+        (
+            Backend { fd: near.into(), queue: 1, ready: Box::new(ready), timer },
+            [far, of_device],
+            taken,
+        )
     }
 
     #[test]
@@ -324,5 +338,25 @@ mod tests {
             // An event of before may have been on its way.
             assert!(taken.try_iter().count() <= 1, "called over and over");
         }
+    }
+
+    #[test]
+    fn what_is_due_is_done_without_a_notification() {
+        let (mut backend, _ends, _taken) = bytes(true);
+        let (sender, calls) = mpsc::channel();
+        let start = Instant::now();
+        let mut left = 3;
+        backend.timer = Box::new(move |now| {
+            sender.send(now).unwrap();
+            left -= 1;
+            (left > 0).then(|| now + Duration::from_millis(5))
+        });
+        let _running = Running::start(Some(backend));
+        let times: Vec<_> = (0..3).map(|_| calls.recv_timeout(PATIENCE).unwrap()).collect();
+        assert!(times[0] >= start);
+        assert!(
+            times.windows(2).all(|two| two[1] - two[0] >= Duration::from_millis(5)),
+            "{times:?}"
+        );
     }
 }

@@ -87,6 +87,11 @@ impl<D: VirtioDevice, M: GuestMemory + Send + Sync + 'static> Handle<D, M> {
         self.shared.gate.is_closing()
     }
 
+    /// Has queue `index` looked at soon, as if the driver had notified of it: its backend has something.
+    pub fn look_at(&self, index: usize) {
+        self.shared.notifier.notify(index);
+    }
+
     /// The transport's counters.
     #[must_use]
     pub fn metrics(&self) -> &MmioMetrics {

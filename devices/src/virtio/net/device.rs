@@ -107,6 +107,11 @@ enum Received {
 impl<B: NetBackend> Net<B> {
     /// A card with its link up.
     pub fn new(backend: B, config: NetConfig) -> Self {
+        Self::with_metrics(backend, config, Arc::default())
+    }
+
+    /// The same with counters that others count in as well.
+    pub fn with_metrics(backend: B, config: NetConfig, metrics: Arc<NetMetrics>) -> Self {
         Self {
             backend,
             config,
@@ -115,7 +120,7 @@ impl<B: NetBackend> Net<B> {
             features: 0,
             out_of_buffers: false,
             overflow: vec![0; MAX_FRAME].into_boxed_slice(),
-            metrics: Arc::default(),
+            metrics,
         }
     }
 
@@ -148,6 +153,12 @@ impl<B: NetBackend> Net<B> {
     #[must_use]
     pub fn set_link(&mut self, up: bool) -> bool {
         std::mem::replace(&mut self.link_up, up) != up
+    }
+
+    /// Whether the cable is in.
+    #[must_use]
+    pub fn link_is_up(&self) -> bool {
+        self.link_up
     }
 
     /// Asks the guest to announce itself: its switch port has changed. True when the guest can;

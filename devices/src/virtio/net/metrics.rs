@@ -21,4 +21,14 @@ pub struct NetMetrics {
     pub backend_errors: Counter,
     /// Announcements asked of the guest, and done by it.
     pub announcements: Counter,
+    /// Frames that announced the guest from outside of it (RARP).
+    pub announced: Counter,
+    /// Frames that were kept for the guest while it could not take them.
+    pub kept: Counter,
+    /// Frames that were not: too many, or too many bytes.
+    pub kept_dropped: Counter,
+    /// Frames that reached the guest's old host, and came from there.
+    pub late: Counter,
+    /// Frames that came before the guest did: its old host had them too.
+    pub early_dropped: Counter,
 }

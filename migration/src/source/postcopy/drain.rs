@@ -177,6 +177,8 @@ impl Engine<'_, '_, '_> {
     }
 
     fn drained(&mut self, report: crate::destination::DrainReport, cpu: Duration) {
+        self.ended = Some(Instant::now());
+        self.finish_late();
         // The destination needs nothing more, whether it gets this or not.
         if let Err(failure) = self.link().and_then(|link| Ok(link.send(&Done {})?)) {
             tracing::debug!(?failure, "DONE was not sent");
