@@ -22,6 +22,7 @@
 
 mod beacon;
 pub mod bench;
+pub mod capture;
 pub mod fire;
 mod guest;
 mod host;
@@ -29,6 +30,7 @@ pub mod lab;
 mod migrating;
 mod needs;
 pub mod network;
+pub mod numbered;
 mod process;
 pub mod proxy;
 mod snapshot;

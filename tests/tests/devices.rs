@@ -12,8 +12,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::network::{connect, guest, in_private_network, tap, GUEST_ADDRESS};
-use tests::{add, kvm, namespaces, network_namespaces, number, root, Host, Suite, Vm, PATIENCE};
+use tests::{
+    add, kvm, namespaces, network_namespaces, number, root, userfaultfd, Host, Suite, Vm, PATIENCE,
+};
 
+#[path = "devices/follow.rs"]
+mod follow;
 #[path = "devices/moves.rs"]
 mod moves;
 #[path = "devices/trouble.rs"]
@@ -39,6 +43,7 @@ fn main() -> ExitCode {
         a_tap_that_the_source_has_is_refused_by_name,
     );
     moves::add(&mut suite, &[&root, &networks, &kvm]);
+    follow::add(&mut suite, &[&root, &networks, &kvm], &[&root, &networks, &kvm, &userfaultfd()]);
     trouble::add(&mut suite, &kvm, &[&root, &mounts, &kvm]);
     suite.run()
 }

@@ -23,8 +23,8 @@ const SOCKETS: usize = SERVERS + 2;
 const BULK: usize = 512 << 10;
 const BOTH: usize = 64 << 10;
 const LITTLE: usize = 4 << 10;
-/// Of a UDP socket.
-const DATAGRAMS: usize = 64;
+/// Of a UDP socket: what comes at once after a pause is not to be lost here.
+const DATAGRAMS: usize = 2048;
 const UDP: usize = 128 << 10;
 
 /// Most bytes that are copied for a connection in a turn.

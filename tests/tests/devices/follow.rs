@@ -1,0 +1,125 @@
+//! What is on its way to a guest that moves: none of it is lost, none comes twice, and switches know where it is.
+
+use std::process::Command;
+
+use serde_json::Value;
+use tests::capture::Rarps;
+use tests::network::{bridge, in_private_network};
+use tests::numbered::{Numbered, Tally};
+use tests::{add, number, Host, Need, Suite, Traffic, Vm};
+
+use super::{stats_of, GUEST_ADDRESS};
+
+const MAC: [u8; 6] = [0x52, 0x54, 0, 0x0a, 0, 2];
+/// Datagrams per second. The test is of what follows the guest, not of how fast a guest is.
+const RATE: u64 = 2000;
+
+pub fn add(suite: &mut Suite, needs: &[&Need], postcopy: &[&Need]) {
+    add!(suite, needs;
+        packets_follow_a_guest_there_and_back,
+        without_forwarding_none_comes_twice,
+        a_restored_guest_is_announced,
+    );
+    add!(suite, postcopy;
+        packets_follow_a_guest_before_its_memory,
+    );
+}
+
+fn mac() -> String {
+    MAC.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// A guest that echoes, at the first port of a switch with two.
+#[track_caller]
+fn start(host: &Host) -> Vm {
+    bridge(&Traffic::TAPS).unwrap();
+    let options = format!("ws=8 dirty=2000 report=0 pace=0 beat=50 ip={GUEST_ADDRESS}");
+    let net = format!("id=net,tap={},mac={}", Traffic::TAPS[0], mac());
+    let vm = host.run(&options, &["--memory", "128M", "--net", &net]);
+    // It answers from here on.
+    drop(tests::network::connect(7));
+    vm
+}
+
+/// The port of the switch that the guest's address was last seen at.
+#[track_caller]
+fn known_at() -> String {
+    let output = Command::new("bridge").args(["fdb", "show", "br", "br0"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let line = text.lines().find(|line| line.starts_with(&mac()));
+    let line = line.unwrap_or_else(|| panic!("the switch does not know {}: {text}", mac()));
+    let words: Vec<_> = line.split(' ').collect();
+    words[words.iter().position(|word| *word == "dev").unwrap() + 1].to_owned()
+}
+
+/// Migrates `vm` from `here` to the other port of the switch; the report.
+#[track_caller]
+fn migrate(here: &Host, there: &Host, vm: &mut Vm, port: usize, args: &[&str]) -> Value {
+    let net = Traffic::at(port);
+    let (next, address) = there.receive(&net.each_ref().map(String::as_str));
+    let report = here.json(&[&["migrate", "vm", "--to", &address], args].concat());
+    assert_eq!(report["verdict"], "handed-over", "{report}");
+    std::mem::replace(vm, next).ends_well();
+    report
+}
+
+/// A stream of packets while the guest moves there and back.
+fn there_and_back(args: &[&str]) -> (Tally, [Value; 2]) {
+    let test = || {
+        let (a, b) = (Host::new(), Host::new());
+        let mut vm = start(&a);
+        let rarps = Rarps::begin();
+        let stream = Numbered::start(RATE);
+        let first = migrate(&a, &b, &mut vm, 1, args);
+        // Ports of taps and the switch itself see each.
+        rarps.of(MAC, 5);
+        assert_eq!(known_at(), Traffic::TAPS[1]);
+        let second = migrate(&b, &a, &mut vm, 0, args);
+        rarps.of(MAC, 5);
+        assert_eq!(known_at(), Traffic::TAPS[0]);
+        vm.report_with("an announcement", |field| field("net_announces_acked") >= 2);
+        let tally = stream.finish();
+        println!("{args:?}: {tally:?}; {}; {}", first["late_frames"], second["late_frames"]);
+        let late = second["late_frames"]["frames"].as_u64().unwrap_or(0);
+        let counters = &stats_of(&a, "net")["counters"];
+        assert_eq!(number(counters, "late"), late, "all that was sent has come: {counters}");
+        assert_eq!(number(counters, "announced"), 5, "{counters}");
+        vm.verify();
+        vm.send("poweroff");
+        vm.ends_well();
+        (tally, [first, second])
+    };
+    in_private_network(test).unwrap()
+}
+
+fn packets_follow_a_guest_there_and_back() {
+    let (tally, reports) = there_and_back(&[]);
+    assert_eq!((tally.lost, tally.doubled), (0, 0), "{tally:?}, {reports:?}");
+}
+
+fn packets_follow_a_guest_before_its_memory() {
+    let (tally, reports) = there_and_back(&["--mode", "postcopy"]);
+    assert_eq!((tally.lost, tally.doubled), (0, 0), "{tally:?}, {reports:?}");
+}
+
+fn without_forwarding_none_comes_twice() {
+    let (tally, reports) = there_and_back(&["--forward-packets", "off"]);
+    assert_eq!(tally.doubled, 0, "{tally:?}");
+    assert!(reports.iter().all(|report| report["late_frames"].is_null()), "{reports:?}");
+}
+
+fn a_restored_guest_is_announced() {
+    let test = || {
+        let host = Host::new();
+        let mut vm = start(&host);
+        let file = host.file("vm.snapshot");
+        host.ok(&["save", "vm", &file, "--stop"]);
+        let head = vm.ends_well().stdout;
+        let rarps = Rarps::begin();
+        let mut vm = host.restore_within(&head, &file, &["--net", "net=tap1"]);
+        rarps.of(MAC, 5);
+        assert_eq!(known_at(), Traffic::TAPS[1]);
+        vm.report_with("an announcement", |field| field("net_announces_acked") >= 1);
+    };
+    in_private_network(test).unwrap();
+}
