@@ -4,6 +4,7 @@
 mod live {
     pub mod common;
     mod failures;
+    mod frames;
     mod moves;
     mod postcopy;
 }

@@ -8,6 +8,7 @@
 //! - [`SimulatedHost`]: makes simulated VMs for incoming migrations.
 //! - [`LocalNetwork`]: connections inside one process, which can be cut at any byte.
 
+mod frames;
 mod host;
 mod network;
 #[cfg(test)]
@@ -28,8 +29,8 @@ use crate::layout::MemoryLayout;
 use crate::page_set::PageSet;
 use crate::pagemap;
 use crate::vm::{
-    DestinationMemory, DestinationVm, DirtySource, GuestMemory, PauseReason, Section, SourceVm,
-    VmControl, VmError, VmState,
+    DestinationMemory, DestinationVm, DirtySource, GuestMemory, LateFrames, PauseReason, Section,
+    SourceVm, VmControl, VmError, VmState,
 };
 use crate::volatile_io::discard;
 
@@ -88,6 +89,7 @@ pub struct SimulatedVm {
     /// One mapping per region of the layout, in the same order.
     regions: Vec<MmapRegion>,
     inner: Mutex<Inner>,
+    cards: frames::Cards,
 }
 
 struct Inner {
@@ -149,7 +151,7 @@ impl SimulatedVm {
             clock_page: None,
             eager: None,
         };
-        Ok(Self { layout, regions, inner: Mutex::new(inner) })
+        Ok(Self { layout, regions, inner: Mutex::new(inner), cards: frames::Cards::default() })
     }
 
     /// Stores at the start of a page, as the guest does: the dirty log sees it.
@@ -368,10 +370,12 @@ impl VmControl for SimulatedVm {
     fn pause(&self, _reason: PauseReason, _deadline: Instant) -> Result<(), VmError> {
         self.try_operation(Operation::Pause)?;
         self.inner().set_running(false);
+        self.cards.keep();
         Ok(())
     }
 
     fn resume(&self) -> Result<(), VmError> {
+        self.cards.open();
         self.inner().set_running(true);
         Ok(())
     }
@@ -422,6 +426,10 @@ impl SourceVm for SimulatedVm {
         self.try_operation(Operation::Flush)
     }
 
+    fn late_frames(&self) -> Option<&dyn LateFrames> {
+        self.cards.present()
+    }
+
     fn release_ownership(&self) -> Result<(), VmError> {
         self.try_operation(Operation::Release)?;
         self.inner().owns_disks = false;
@@ -436,6 +444,10 @@ impl SourceVm for SimulatedVm {
 }
 
 impl DestinationVm for SimulatedVm {
+    fn late_frame(&self, card: u16, bytes: &[u8]) -> Result<(), VmError> {
+        self.cards.late(card, bytes)
+    }
+
     fn check_ownership(&self) -> Result<(), VmError> {
         self.try_operation(Operation::CheckOwnership)
     }
