@@ -43,7 +43,7 @@ fn every_seed_is_survived() {
 #[test]
 fn an_honest_destination_gets_the_vm() {
     for mode in 0..4 {
-        let honest = [&[mode][..], &[0; 18]].concat();
+        let honest = [&[mode][..], &[0; 20]].concat();
         assert!(targets::migrated(&honest), "mode {mode}");
     }
 }

@@ -21,27 +21,42 @@ const LIMIT: Duration = Duration::from_millis(100);
 /// Most things that a destination does.
 const STEPS: usize = 64;
 const LOADED: u16 = 0x30;
+/// Pages of the VM that are not as new.
+const WRITTEN: [u64; 3] = [3, 5, 9];
 /// After these a source may think that its VM runs elsewhere.
 const GIVEN: [u16; 2] = [0x32, 0x37];
 
-/// What has come, so that it can be waited for.
+/// What has come, so that it can be waited for: types, and pages with contents.
 #[derive(Default)]
 struct Heard {
-    types: Mutex<Vec<RecordType>>,
+    so_far: Mutex<(Vec<RecordType>, u64)>,
     more: Condvar,
 }
 
 impl Heard {
-    fn note(&self, record_type: RecordType) {
-        self.types.lock().unwrap_or_else(PoisonError::into_inner).push(record_type);
+    fn note(&self, record_type: RecordType, payload: &[u8]) {
+        let mut so_far = self.so_far.lock().unwrap_or_else(PoisonError::into_inner);
+        so_far.0.push(record_type);
+        if record_type == RecordType::Pages {
+            so_far.1 += pages(payload);
+        }
         self.more.notify_all();
     }
 
-    fn wait_for(&self, wanted: RecordType) {
-        let types = self.types.lock().unwrap_or_else(PoisonError::into_inner);
-        let missing = |types: &mut Vec<RecordType>| !types.contains(&wanted);
-        drop(self.more.wait_timeout_while(types, LIMIT, missing));
+    fn wait_for(&self, has_come: impl Fn(&[RecordType], u64) -> bool) {
+        let so_far = self.so_far.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = |so_far: &mut (Vec<RecordType>, u64)| !has_come(&so_far.0, so_far.1);
+        drop(self.more.wait_timeout_while(so_far, LIMIT, missing));
     }
+}
+
+/// Pages in a PAGES record (docs/PROTOCOL.md, section 4).
+fn pages(payload: &[u8]) -> u64 {
+    let number = |at: usize| {
+        let bytes = payload.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, u32::from_le_bytes)
+    };
+    (0..number(0) as usize).map(|run| u64::from(number(8 + 16 * run + 8))).sum()
 }
 
 struct Incoming(Arc<dyn Transport>);
@@ -79,6 +94,8 @@ enum Step {
     /// A connection of this kind.
     Accept(StreamKind),
     Await(RecordType),
+    /// So many pages.
+    AwaitPages(u64),
     /// Which connection, from the last one; type; payload.
     Send(usize, u16, &'static [u8]),
 }
@@ -95,7 +112,7 @@ const DRAINED: &[u8] = &[2, 0, 0, 0, 0, 0, 2, 9, 9, 0, 0];
 
 /// What an honest destination does, in order.
 fn course(mode: Mode) -> Vec<Step> {
-    use Step::{Accept, Await, Send};
+    use Step::{Accept, Await, AwaitPages, Send};
     let mut course = vec![
         Accept(StreamKind::Migration),
         Await(RecordType::Offer),
@@ -126,7 +143,11 @@ fn course(mode: Mode) -> Vec<Step> {
         Send(main, 0x32, &[0, 0, 0, 0]),
     ]);
     if mode == Mode::Postcopy {
-        course.extend([Send(0, 0x18, TWO), Send(main, 0x38, DRAINED)]);
+        course.extend([
+            Send(0, 0x18, TWO),
+            AwaitPages(WRITTEN.len() as u64),
+            Send(main, 0x38, DRAINED),
+        ]);
     }
     course
 }
@@ -149,7 +170,8 @@ impl Destination<'_, '_> {
         self.at += 1;
         match step {
             Step::Accept(kind) => self.accept(kind),
-            Step::Await(wanted) => self.heard.wait_for(wanted),
+            Step::Await(wanted) => self.heard.wait_for(|types, _| types.contains(&wanted)),
+            Step::AwaitPages(count) => self.heard.wait_for(|_, pages| pages >= count),
             Step::Send(back, number, payload) => {
                 let mut payload = payload.to_vec();
                 if let Some((at, with)) = damage {
@@ -169,7 +191,7 @@ impl Destination<'_, '_> {
         self.scope.spawn(move || {
             let Ok(mut records) = RecordReader::new(incoming, kind) else { return };
             while let Ok(record) = records.next_record() {
-                heard.note(record.record_type);
+                heard.note(record.record_type, record.payload);
             }
         });
         let wire = Wire { transport, sequence: 0 };
@@ -223,7 +245,7 @@ impl Destination<'_, '_> {
 fn vm() -> SimulatedVm {
     let range = PageRange::new(Gfn(0), 16).expect("a range");
     let vm = SimulatedVm::new(MemoryLayout::new([range]).expect("a layout")).expect("memory");
-    for page in [3, 5, 9] {
+    for page in WRITTEN {
         vm.guest_write(Gfn(page), &page.to_le_bytes()).expect("a page");
     }
     vm

@@ -114,7 +114,8 @@ impl VirtioSet {
             set.disks.push((handle, host_file));
         }
         for net in &config.nets {
-            let Unplugged { card, metrics, port } = set.cards.make(net, &config.name, parts.disks)?;
+            let Unplugged { card, metrics, port } =
+                set.cards.make(net, &config.name, parts.disks)?;
             let counters = counters!(
                 metrics,
                 rx_frames,
