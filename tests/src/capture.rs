@@ -37,7 +37,8 @@ impl Rarps {
         set_socket_timeout(&self.0, Timeout::Recv, Some(PATIENCE)).unwrap();
         let mut seen = 0;
         while seen < count {
-            seen += usize::from(self.next() == Some(mac));
+            let next = self.next().unwrap_or_else(|| panic!("{seen} of {count} RARP frames came"));
+            seen += usize::from(next == mac);
         }
     }
 
