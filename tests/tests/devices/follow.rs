@@ -11,8 +11,9 @@ use tests::{add, number, Host, Need, Suite, Traffic, Vm};
 use super::{stats_of, GUEST_ADDRESS};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x0a, 0, 2];
-/// Datagrams per second. The test is of what follows the guest, not of how fast a guest is.
-const RATE: u64 = 2000;
+/// Datagrams per second. The test is of what follows the guest, not of how fast a guest is: while it does not get
+/// its processor for a second, the queues on the way hold them.
+const RATE: u64 = 200;
 
 pub fn add(suite: &mut Suite, needs: &[&Need], postcopy: &[&Need]) {
     add!(suite, needs;
