@@ -1,7 +1,6 @@
 //! A destination that does anything, and a source that must end, and may give its VM away only to one
 //! that has loaded it.
 
-use std::io::{self, IoSlice, Read};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, Scope};
 use std::time::Duration;
@@ -11,10 +10,11 @@ use migration::report::Outcome;
 use migration::simulated::{LocalNetwork, SimulatedVm};
 use migration::source::{migrate_to, Offering, PostcopyOptions, SourceControl, SourceOptions};
 use migration::stream::{Config, Machine, RecordReader, RecordType, StreamKind};
-use migration::transport::{Listener, Transport};
+use migration::transport::Listener;
 use migration::{Gfn, MemoryLayout, MigrationId, Mode, PageRange, Timing};
 
-use super::frames::{preamble, record, Bytes, CHECKSUM, OPTIONAL, TYPES};
+use super::frames::{Bytes, CHECKSUM, OPTIONAL, TYPES};
+use super::wire::{Incoming, Wire};
 
 const ID: [u8; 16] = [0x11; 16];
 const LIMIT: Duration = Duration::from_millis(100);
@@ -57,36 +57,6 @@ fn pages(payload: &[u8]) -> u64 {
         bytes.map_or(0, u32::from_le_bytes)
     };
     (0..number(0) as usize).map(|run| u64::from(number(8 + 16 * run + 8))).sum()
-}
-
-struct Incoming(Arc<dyn Transport>);
-
-impl Read for Incoming {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-/// A connection that the source made.
-struct Wire {
-    transport: Arc<dyn Transport>,
-    sequence: u64,
-}
-
-impl Wire {
-    fn raw(&self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            match self.transport.write_vectored(&[IoSlice::new(bytes)]) {
-                Ok(sent) => bytes = &bytes[sent..],
-                Err(_) => return,
-            }
-        }
-    }
-
-    fn send(&mut self, number: u16, flags: u16, payload: &[u8]) {
-        self.raw(&record(number, flags, self.sequence, payload));
-        self.sequence += 1;
-    }
 }
 
 #[derive(Clone, Copy)]
@@ -194,9 +164,7 @@ impl Destination<'_, '_> {
                 heard.note(record.record_type, record.payload);
             }
         });
-        let wire = Wire { transport, sequence: 0 };
-        wire.raw(&preamble(kind));
-        self.wires.push(wire);
+        self.wires.push(Wire::begin(transport, kind));
     }
 
     fn send(&mut self, back: usize, number: u16, flags: u16, payload: &[u8]) {

@@ -8,6 +8,7 @@ mod answers;
 mod files;
 mod frames;
 mod peer;
+mod wire;
 
 pub use answers::{migrated, source};
 pub use files::{journal, snapshot};

@@ -1,6 +1,5 @@
 //! A source that does anything, and a destination that must end and may run a VM only after COMMIT.
 
-use std::io::{self, IoSlice, Read};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -10,10 +9,11 @@ use migration::journal::Journal;
 use migration::simulated::{LocalNetwork, SimulatedHost};
 use migration::snapshot::Blob;
 use migration::stream::{RecordReader, RecordType, StreamKind};
-use migration::transport::{Connector, Transport};
+use migration::transport::Connector;
 use migration::{DestinationHost, DestinationVm, MigrationId, Offer, Timing};
 
-use super::frames::{preamble, record, Bytes, CHECKSUM, OPTIONAL, TYPES};
+use super::frames::{Bytes, CHECKSUM, OPTIONAL, TYPES};
+use super::wire::{Incoming, Wire};
 
 const ID: [u8; 16] = [0x11; 16];
 const HOST_PAGES: u64 = 4096;
@@ -46,42 +46,11 @@ impl DestinationHost for Host {
     }
 }
 
-/// A connection of the source.
-struct Wire {
-    transport: Arc<dyn Transport>,
-    sequence: u64,
-}
-
-struct Incoming(Arc<dyn Transport>);
-
-impl Read for Incoming {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-impl Wire {
-    fn open(network: &LocalNetwork, kind: StreamKind) -> Option<Self> {
-        let transport = network.connect(Duration::ZERO).ok()?;
-        transport.set_timeouts(Some(LIMIT), Some(LIMIT)).ok()?;
-        let mut wire = Self { transport, sequence: 0 };
-        wire.raw(&preamble(kind));
-        Some(wire)
-    }
-
-    fn raw(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            match self.transport.write_vectored(&[IoSlice::new(bytes)]) {
-                Ok(sent) => bytes = &bytes[sent..],
-                Err(_) => return,
-            }
-        }
-    }
-
-    fn send(&mut self, number: u16, flags: u16, payload: &[u8]) {
-        self.raw(&record(number, flags, self.sequence, payload));
-        self.sequence += 1;
-    }
+/// A connection of the source's.
+fn open(network: &LocalNetwork, kind: StreamKind) -> Option<Wire> {
+    let transport = network.connect(Duration::ZERO).ok()?;
+    transport.set_timeouts(Some(LIMIT), Some(LIMIT)).ok()?;
+    Some(Wire::begin(transport, kind))
 }
 
 /// What an honest source does, in order.
@@ -155,7 +124,7 @@ impl<'a> Source<'a> {
         };
         match step {
             Step::Offer => {
-                let Some(mut main) = Wire::open(self.network, StreamKind::Migration) else {
+                let Some(mut main) = open(self.network, StreamKind::Migration) else {
                     return;
                 };
                 let records: [(u16, Vec<u8>); 5] = [
@@ -176,7 +145,7 @@ impl<'a> Source<'a> {
             }
             Step::Await(wanted) => self.wait_for(wanted),
             Step::Join => {
-                self.pages = Wire::open(self.network, StreamKind::Pages);
+                self.pages = open(self.network, StreamKind::Pages);
                 let join = damaged([&ID[..], &[1, 0], &self.token].concat());
                 if let Some(pages) = &mut self.pages {
                     pages.send(0x0a, CHECKSUM, &join);
@@ -252,7 +221,7 @@ impl<'a> Source<'a> {
                 let query = input.byte();
                 let token = if query & 1 != 0 { self.token } else { [0; 16] };
                 let payload = [&ID[..], &[query >> 2 & 3, query >> 1 & 1], &token].concat();
-                if let Some(mut wire) = Wire::open(self.network, StreamKind::Query) {
+                if let Some(mut wire) = open(self.network, StreamKind::Query) {
                     wire.send(0x36, CHECKSUM, &payload);
                 }
             }

@@ -13,6 +13,7 @@
 //!
 //! Who owns the VM is decided by [`crate::handover`] only; `session` does what it says.
 
+mod decision;
 mod door;
 #[cfg(test)]
 mod door_tests;

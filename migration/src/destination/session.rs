@@ -31,7 +31,7 @@ use crate::verify::{first_difference, hash_memory};
 use crate::vm::{DestinationHost, DestinationVm, Offer, Section};
 
 /// How often an undecided destination looks into the journal.
-const JOURNAL_INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const JOURNAL_INTERVAL: Duration = Duration::from_millis(200);
 /// Between two tries to take disks or to resume.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// How long an explanation may come after a connection broke.
@@ -226,7 +226,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
         }
     }
 
-    fn note(&mut self, failure: Failure) -> DestinationEvent {
+    pub(super) fn note(&mut self, failure: Failure) -> DestinationEvent {
         tracing::debug!(phase = ?self.phase, cause = ?failure.cause, reasons = ?failure.reasons);
         self.cause = failure.cause;
         self.reasons = failure.reasons;
@@ -389,77 +389,6 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             }
         }
         Err(Failure::new(Cause::Deadline, "the source neither commits nor gives up"))
-    }
-
-    /// Looks into the journal once, then waits a little.
-    fn await_decision(&mut self) -> DestinationEvent {
-        match self.decision() {
-            Some(Owner::Here) => return DestinationEvent::DecidedHere,
-            Some(Owner::There) => return DestinationEvent::DecidedNotHere,
-            None => {}
-        }
-        if self.entry.as_ref().is_some_and(DestinationEntry::source_handed_over) {
-            return DestinationEvent::SourceHandedOver;
-        }
-        match self.next(Instant::now() + JOURNAL_INTERVAL) {
-            Some(Input::Cancel) => {
-                self.note(Failure::new(Cause::Cancelled, "cancelled at the destination"))
-            }
-            Some(Input::Resolved(owner)) => DestinationEvent::Resolved(owner),
-            _ => DestinationEvent::Failed(Cause::Lost),
-        }
-    }
-
-    fn decision(&self) -> Option<Owner> {
-        self.entry.as_ref().and_then(DestinationEntry::decision)
-    }
-
-    fn decide(&mut self, owner: Owner) -> DestinationEvent {
-        let decided = match &mut self.entry {
-            Some(entry) => entry.decide(owner),
-            None => Ok(Owner::There),
-        };
-        match decided {
-            Ok(Owner::Here) => DestinationEvent::DecidedHere,
-            Ok(Owner::There) => {
-                if owner == Owner::Here {
-                    self.reasons = vec!["it was decided before that it does not run here".into()];
-                }
-                DestinationEvent::DecidedNotHere
-            }
-            Err(error) => {
-                tracing::error!(%error, "the decision cannot be written");
-                self.reasons = vec![error.to_string()];
-                DestinationEvent::NotDecided
-            }
-        }
-    }
-
-    fn take_ownership(&mut self) -> DestinationEvent {
-        match self.vm().and_then(|vm| Ok(vm.take_ownership()?)) {
-            Ok(()) => {
-                self.own = self.committed.elapsed();
-                DestinationEvent::Owned
-            }
-            Err(failure) => {
-                self.reasons = failure.reasons;
-                DestinationEvent::NotOwned
-            }
-        }
-    }
-
-    fn resume_guest(&mut self) -> DestinationEvent {
-        let started = Instant::now();
-        match self.vm().and_then(|vm| Ok(vm.start(self.run_guest)?)) {
-            Ok(()) => {
-                self.resume = started.elapsed();
-                DestinationEvent::GuestResumed
-            }
-            Err(failure) => {
-                self.reasons = failure.reasons;
-                DestinationEvent::NotResumed
-            }
-        }
     }
 
     pub(super) fn vm(&self) -> Result<&Arc<dyn DestinationVm>, Failure> {

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::devices::parse_tap;
+use super::value::saved_as_text;
 use super::ConfigError;
 use crate::network::parse_network;
 
@@ -67,19 +68,7 @@ impl FromStr for Attachment {
     }
 }
 
-impl From<Attachment> for String {
-    fn from(attachment: Attachment) -> Self {
-        attachment.to_string()
-    }
-}
-
-impl TryFrom<String> for Attachment {
-    type Error = ConfigError;
-
-    fn try_from(text: String) -> Result<Self, ConfigError> {
-        text.parse()
-    }
-}
+saved_as_text!(Attachment, ConfigError);
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::value::{parse_id, parse_path};
+use super::value::{parse_id, parse_path, saved_as_text};
 use super::{Attachment, ConfigError};
 
 /// Most virtio devices of a VM: one interrupt line of the I/O APIC each.
@@ -106,19 +106,7 @@ impl fmt::Display for Mac {
     }
 }
 
-impl From<Mac> for String {
-    fn from(mac: Mac) -> Self {
-        mac.to_string()
-    }
-}
-
-impl TryFrom<String> for Mac {
-    type Error = ConfigError;
-
-    fn try_from(text: String) -> Result<Self, ConfigError> {
-        text.parse()
-    }
-}
+saved_as_text!(Mac, ConfigError);
 
 impl FromStr for Mac {
     type Err = ConfigError;

@@ -28,6 +28,7 @@ pub use options::{MigrationOptions, RunOptions};
 pub use settings::{ProcessSettings, ReceiveSettings, RestoreSettings, RunSettings};
 pub use size::{format_size, parse_size};
 pub use validate::HostLimits;
+pub(crate) use value::saved_as_text;
 pub use value::{
     parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_path, LogConfig, SandboxMode,
 };

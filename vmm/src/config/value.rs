@@ -10,6 +10,27 @@ use crate::cpu::CpuSpec;
 
 use super::{ConfigError, ConsoleConfig, OnReboot, MAX_CMDLINE, MAX_CPUS, MAX_ID, MAX_NAME};
 
+/// Has a value saved as the text that it is read from (`#[serde(into = "String", try_from = "String")]`).
+macro_rules! saved_as_text {
+    ($type:ty, $error:ty) => {
+        impl From<$type> for String {
+            fn from(value: $type) -> Self {
+                value.to_string()
+            }
+        }
+
+        impl TryFrom<String> for $type {
+            type Error = $error;
+
+            fn try_from(text: String) -> Result<Self, $error> {
+                text.parse()
+            }
+        }
+    };
+}
+
+pub(crate) use saved_as_text;
+
 /// Checks the name of a VM: 1 to 64 characters out of `[A-Za-z0-9._-]`, not beginning with `.`
 /// (hidden files in the runtime directory) or `-` (looks like a flag).
 ///

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::NetworkError;
-use crate::config::{parse_mtu, parse_tap};
+use crate::config::{parse_mtu, parse_tap, saved_as_text};
 
 /// Longest name of a network, bytes: names of links are made from it, and have at most 15.
 pub const MAX_NETWORK_NAME: usize = 10;
@@ -129,19 +129,7 @@ impl FromStr for Cidr {
     }
 }
 
-impl From<Cidr> for String {
-    fn from(cidr: Cidr) -> Self {
-        cidr.to_string()
-    }
-}
-
-impl TryFrom<String> for Cidr {
-    type Error = NetworkError;
-
-    fn try_from(text: String) -> Result<Self, NetworkError> {
-        text.parse()
-    }
-}
+saved_as_text!(Cidr, NetworkError);
 
 /// A port of the host's that leads to a guest: `tcp:8080:10.0.0.2:80`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -201,19 +189,7 @@ impl FromStr for Forward {
     }
 }
 
-impl From<Forward> for String {
-    fn from(forward: Forward) -> Self {
-        forward.to_string()
-    }
-}
-
-impl TryFrom<String> for Forward {
-    type Error = NetworkError;
-
-    fn try_from(text: String) -> Result<Self, NetworkError> {
-        text.parse()
-    }
-}
+saved_as_text!(Forward, NetworkError);
 
 fn wrong(why: impl Into<String>) -> NetworkError {
     NetworkError::Option(why.into())

@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 
 use devices::virtio::net::{MacAddress, HEADER};
 
-/// When a guest is announced after it has moved. The first may be lost in a switch whose port just came up.
-const SCHEDULE: [Duration; 5] = [
+/// When a guest is announced after it has moved. The first ones may be lost in a switch whose port just came up;
+/// Linux may take a second to tell a bridge of that.
+const SCHEDULE: [Duration; 6] = [
     Duration::ZERO,
     Duration::from_millis(50),
     Duration::from_millis(150),
     Duration::from_millis(300),
     Duration::from_millis(550),
+    Duration::from_millis(1050),
 ];
 
 /// Most times that a guest is announced.
@@ -77,7 +79,7 @@ mod tests {
         let start = Instant::now();
         let after = |millis| start + Duration::from_millis(millis);
         let mut announcement = Announcement::new(start, TIMES);
-        for millis in [0, 50, 150, 300, 550] {
+        for millis in [0, 50, 150, 300, 550, 1050] {
             assert_eq!(announcement.next(), Some(after(millis)));
             assert!(millis == 0 || !announcement.due(after(millis - 1)));
             assert!(announcement.due(after(millis)));

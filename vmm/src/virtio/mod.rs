@@ -26,11 +26,11 @@ use std::io;
 
 use devices::virtio::block::{DiskError, LockError};
 
-use crate::network::NetworkError;
-
 pub use cards::Cards;
 pub use set::{DiskOwnership, VirtioParts, VirtioSet};
 pub use tap::TapError;
+
+use crate::network::NetworkError;
 
 /// Why a virtio device could not be made.
 #[derive(Debug, thiserror::Error)]

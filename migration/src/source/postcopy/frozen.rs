@@ -3,9 +3,7 @@
 use std::io::Write;
 
 use crate::address::{PageRange, PAGE_BYTES};
-use crate::stream::{
-    encode_runs, Problem, RecordType, RecordWriter, StreamError, MAX_PAGES_PER_RECORD,
-};
+use crate::stream::{encode_runs, Problem, RecordType, RecordWriter, StreamError, PAGES_PER_BATCH};
 use crate::vm::SourceVm;
 use crate::volatile_io::is_zero_page;
 
@@ -36,7 +34,8 @@ impl Frozen {
                     push(&mut self.zeros, unit, first);
                     continue;
                 }
-                if self.pages + unit.pages() > MAX_PAGES_PER_RECORD {
+                // A unit may have more: it goes alone then.
+                if self.pages > 0 && self.pages + unit.pages() > PAGES_PER_BATCH {
                     self.flush(out)?;
                 }
                 push(&mut self.runs, unit, first);
