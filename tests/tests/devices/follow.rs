@@ -1,12 +1,15 @@
 //! What is on its way to a guest that moves: none of it is lost, none comes twice, and switches know where it is.
 
+use std::net::UdpSocket;
 use std::process::Command;
 
+use migration::stream::RecordType;
 use serde_json::Value;
 use tests::capture::Rarps;
-use tests::network::{bridge, in_private_network};
+use tests::network::{bridge, guest, in_private_network};
 use tests::numbered::{Numbered, Tally};
-use tests::{add, number, Host, Need, Suite, Traffic, Vm};
+use tests::proxy::{On, Proxy, Spot, Way};
+use tests::{add, number, Host, Migrating, Need, Suite, Traffic, Vm, PATIENCE};
 
 use super::{stats_of, GUEST_ADDRESS};
 
@@ -19,10 +22,12 @@ pub fn add(suite: &mut Suite, needs: &[&Need], postcopy: &[&Need]) {
     add!(suite, needs;
         packets_follow_a_guest_there_and_back,
         without_forwarding_none_comes_twice,
+        packets_of_the_pause_follow_unless_told_not_to,
         a_restored_guest_is_announced,
     );
     add!(suite, postcopy;
         packets_follow_a_guest_before_its_memory,
+        packets_of_the_pause_follow_a_guest_before_its_memory,
     );
 }
 
@@ -106,6 +111,49 @@ fn without_forwarding_none_comes_twice() {
     let (tally, reports) = there_and_back(&["--forward-packets", "off"]);
     assert_eq!(tally.doubled, 0, "{tally:?}");
     assert!(reports.iter().all(|report| report["late_frames"].is_null()), "{reports:?}");
+}
+
+/// Numbers of datagrams that are answered: 0 to 19 were sent while nobody ran the guest, 20 when it had moved.
+fn answered(args: &[&str]) -> Vec<u64> {
+    let test = || {
+        let (a, b) = (Host::new(), Host::new());
+        let mut vm = start(&a);
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(guest(7)).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let send = |number: u64| assert_eq!(socket.send(&number.to_le_bytes()).unwrap(), 8);
+        let net = Traffic::at(1);
+        let (mut next, address) = b.receive(&net.each_ref().map(String::as_str));
+        let proxy = Proxy::to(&address);
+        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
+        let args = [&["--dead-after", "60s"], args].concat();
+        let migrating = Migrating::start(&a, &proxy.address(), &args);
+        paused.wait();
+        (0..20).for_each(send);
+        paused.release();
+        let finished = migrating.end();
+        assert_eq!(finished.code, Some(0), "{finished:#?}");
+        vm.ends_well();
+        send(20);
+        let mut answers = Vec::new();
+        while answers.last() != Some(&20) {
+            let mut number = [0; 8];
+            socket.recv(&mut number).unwrap();
+            answers.push(u64::from_le_bytes(number));
+        }
+        next.verify();
+        answers
+    };
+    in_private_network(test).unwrap()
+}
+
+fn packets_of_the_pause_follow_unless_told_not_to() {
+    assert_eq!(answered(&[]), (0..=20).collect::<Vec<_>>());
+    assert_eq!(answered(&["--forward-packets", "off"]), [20]);
+}
+
+fn packets_of_the_pause_follow_a_guest_before_its_memory() {
+    assert_eq!(answered(&["--mode", "postcopy"]), (0..=20).collect::<Vec<_>>());
 }
 
 fn a_restored_guest_is_announced() {
