@@ -44,7 +44,8 @@ pub(super) struct ReceiveArgs {
     /// Give root's powers up for those of this user, once it listens and has /dev/kvm open
     ///
     /// Disks and taps must then be usable for that user, and the directories for sockets and the
-    /// journal are that user's own, unless the environment names others.
+    /// journal are that user's own, unless the environment names others. Cards on bridges and declared
+    /// networks need CAP_NET_ADMIN, which is given up too: such VMs are refused.
     #[arg(long, value_name = "NAME|UID[:GROUP]")]
     user: Option<String>,
     #[command(flatten)]
