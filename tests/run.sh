@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs all tests and counts them: `N passed, N failed, N skipped` is the last line.
+# Runs all tests and counts them. Says at the end which failed and why, and which test programs took longest;
+# `N passed, N failed, N skipped` is the last line.
 # Usage: tests/run.sh [CARGO]
 set -u -o pipefail
 cargo=${1:-cargo}
@@ -10,7 +11,15 @@ status=0
 "$cargo" test --manifest-path guest-images/beacon/Cargo.toml --locked --no-fail-fast 2>&1 |
     tee -a "$log" || status=$?
 awk -v status="$status" '
+    /^ +Running |^ +Doc-tests / { program = $2 == "unittests" ? $2 " " $3 " " $4 : $2 }
+    /^test .*\.\.\. FAILED$/ { why[++failures] = program ": " $2 }
+    # The test harness repeats what the test said; a test that is a process of its own says it once.
+    /^---- .* ----$/ { getline; why[++failures] = "    " substr($0, 1, 600) }
     /^test result:/ {
+        if (match($0, /finished in [0-9.]+s/)) {
+            seconds = substr($0, RSTART + 12, RLENGTH - 13)
+            if (seconds >= 30) printf "%7.1f s  %s\n", seconds, program | "sort -rn"
+        }
         for (i = 1; i < NF; i++) {
             if ($(i + 1) ~ /^passed/) passed += $i
             if ($(i + 1) ~ /^failed/) failed += $i
@@ -18,6 +27,8 @@ awk -v status="$status" '
         }
     }
     END {
+        close("sort -rn")
+        for (i = 1; i <= failures; i++) print why[i]
         # A test program that died before it counted is a failure too.
         if (status != 0 && failed == 0) failed = 1
         printf "%d passed, %d failed, %d skipped\n", passed, failed, skipped

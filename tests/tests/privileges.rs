@@ -5,9 +5,10 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{chown, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Instant;
 
 use serde_json::Value;
-use tests::{add, binary, kvm, namespaces, root, Host, Migrating, Suite, Vm};
+use tests::{add, binary, kvm, namespaces, root, Host, Migrating, Suite, Vm, PATIENCE};
 
 const GUEST: &str = "ws=8 dirty=1000 pattern=random report=250 pace=0";
 /// A user and groups that nobody else has.
@@ -51,23 +52,33 @@ fn threads(pid: u32) -> Vec<(String, u32, u32)> {
     tasks.filter_map(|task| look(task.unwrap().path())).collect()
 }
 
-/// All threads have filters; those whose names begin with one of `narrow`, which are all there, have more
-/// than the main thread.
+/// All threads have filters; those whose names begin with one of `narrow`, which are all there or soon will be,
+/// have more than the main thread.
 #[track_caller]
 fn restricted(pid: u32, narrow: &[&str]) {
-    let threads = threads(pid);
-    let main = threads.iter().find(|(name, ..)| name == "minivmm").unwrap().2;
+    let deadline = Instant::now() + PATIENCE;
+    let (threads, main) = loop {
+        let threads = threads(pid);
+        let main = threads.iter().find(|(name, ..)| name == "minivmm").unwrap().2;
+        // A process says that it is ready before it has all its threads, and a thread begins without its name.
+        let narrowed = |wanted: &&&str| {
+            let mut named =
+                threads.iter().filter(|(name, ..)| name.starts_with(**wanted)).peekable();
+            named.peek().is_some() && named.all(|(.., filters)| *filters > main)
+        };
+        match narrow.iter().find(|wanted| !narrowed(wanted)) {
+            Some(wanted) => assert!(
+                Instant::now() < deadline,
+                "no {wanted}, or it may do what the process may: {threads:?}"
+            ),
+            None => break (threads, main),
+        }
+        std::thread::yield_now();
+    };
     assert!(main > 0, "{threads:?}");
     for (name, mode, filters) in &threads {
         assert_eq!(*mode, 2, "{name} has no filter: {threads:?}");
         assert!(*filters >= main, "{name} has {filters} filters: {threads:?}");
-    }
-    for wanted in narrow {
-        let found: Vec<_> = threads.iter().filter(|(name, ..)| name.starts_with(wanted)).collect();
-        assert!(!found.is_empty(), "there is no {wanted}: {threads:?}");
-        for (name, _, filters) in found {
-            assert!(*filters > main, "{name} may do what the process may: {threads:?}");
-        }
     }
 }
 
