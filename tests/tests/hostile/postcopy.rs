@@ -267,7 +267,7 @@ pub fn a_peer_that_always_lies_pauses_postcopy_and_both_ends_can_be_ended() {
     };
     let liar = Liar::to(&to, StreamKind::Pages, By::Source, u32::MAX, twice);
     // Pages that the guest does not use come by push alone, which never gets far.
-    let args = ["--mode", "postcopy", "--bandwidth", "64K", "--prepaging", "off"];
+    let args = ["--mode", "postcopy", "--bandwidth", "1M", "--prepaging", "off"];
     let migrating = Migrating::start(&a, &liar.address(), &[&args[..], &DEAD].concat());
     until(|| current(&b)["phase"] == "draining" && current(&a)["interruptions"].as_u64() > Some(2));
     until(|| current(&b)["note"].as_str().is_some_and(|note| says(note, "come a second time")));
