@@ -227,10 +227,10 @@ fn threads(pid: u32, name: &str) -> usize {
 }
 
 fn a_guest_that_writes_faster_than_the_bandwidth_is_slowed_down() {
-    // One vCPU writes all of its 16 MiB again and again, the other one nothing.
-    const WRITER: &str = "ws=16 dirty=50000 pattern=random report=250 pace=0";
+    // One vCPU writes all of its 8 MiB again and again, the other one nothing.
+    const WRITER: &str = "ws=8 dirty=50000 pattern=random report=250 pace=0";
     // The pause is not capped, so it has to be short to need it.
-    const SLOW: [&str; 6] = ["--bandwidth", "20M", "--downtime", "5ms", "--on-stall", "throttle"];
+    const SLOW: [&str; 6] = ["--bandwidth", "8M", "--downtime", "5ms", "--on-stall", "throttle"];
     let host = Host::new();
     let mut source = host.run(WRITER, &[]).ready();
     let (abandoned, to) = host.receive(&[]);

@@ -19,6 +19,8 @@ const POLL_US: u64 = 10_000;
 const COLLECT_US: u64 = 1000;
 /// Longest command.
 const COMMAND: usize = 128;
+/// A day.
+const MAX_WINDOW_MS: u64 = 86_400_000;
 
 /// vCPU 0's side work.
 pub struct Operator {
@@ -41,6 +43,8 @@ pub struct Operator {
     end: Option<u64>,
     seq: u64,
     window_start: u64,
+    /// When the window is to be told of, and how old it is to be then, ms.
+    window_due: Option<(u64, u64)>,
     stage: Stage,
     /// When the full pass that is under way was asked for.
     verifying: Option<u64>,
@@ -81,6 +85,7 @@ impl Operator {
             end: None,
             seq: 0,
             window_start: now,
+            window_due: None,
             stage: Stage::Populating,
             verifying: None,
             command: [0; COMMAND],
@@ -119,6 +124,10 @@ impl Operator {
         if self.end.is_some_and(|end| now >= end) {
             self.report(now);
             self.power_off("runtime-over", now);
+        }
+        if let Some((_, age_ms)) = self.window_due.filter(|(due, _)| now >= *due) {
+            self.window_due = None;
+            report::window(world, now, self.window_start, age_ms);
         }
         if self.beat_every != 0 && now >= self.next_beat && self.stage == Stage::Running {
             self.next_beat = now + self.beat_every;
@@ -211,6 +220,16 @@ impl Operator {
                 self.mark(now);
                 report::plain("mark", now);
             }
+            b"window" => match argument {
+                b"" => report::window(self.world, now, self.window_start, 0),
+                _ => match parse_number(argument).filter(|age_ms| *age_ms <= MAX_WINDOW_MS) {
+                    Some(age_ms) => {
+                        let age = self.world.scale.ticks_of_micros(age_ms * 1000);
+                        self.window_due = Some((self.window_start + age, age_ms));
+                    }
+                    None => report::error("window needs milliseconds, at most a day", command),
+                },
+            },
             b"dirty" => match parse_rate(argument) {
                 Some(rate) => {
                     self.world.control.set_rate(rate);

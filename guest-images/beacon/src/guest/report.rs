@@ -136,6 +136,21 @@ pub fn report(world: &World, devices: &Devices, seq: u64, now: u64, window_start
     console::send(&mut line);
 }
 
+/// What the guest got done since the last `mark`, shorter than a report; `asked_ms` is the age that was asked for.
+pub fn window(world: &World, now: u64, window_start: u64, asked_ms: u64) {
+    let sum = |of: fn(&Shared) -> u64| world.shared.iter().map(of).sum::<u64>();
+    let mut line = Line::event("window");
+    line.number("tsc", now);
+    line.number("asked_ms", asked_ms);
+    line.number("window_ms", world.scale.nanoseconds(now - window_start) / 1_000_000);
+    line.number("beats", sum(|shared| shared.window.beats.get()));
+    line.array("hist", |list| histogram(list, world.shared));
+    line.number("writes", sum(|shared| shared.window.writes.get()));
+    let intended = sum(|shared| shared.window.intended.get());
+    line.optional("intended", (world.control.rate() != Rate::Max).then_some(intended));
+    console::send(&mut line);
+}
+
 /// The buckets of all vCPUs together, without the empty ones at the end.
 fn histogram(list: &mut Line, shared: &[Shared]) {
     let bucket = |index: usize| -> u64 {

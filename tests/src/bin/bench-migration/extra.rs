@@ -20,7 +20,7 @@ const GROWN_UP: usize = 5;
 /// Much RAM, and little, with the same in use.
 pub fn idle_cells(quick: bool) -> [Cell; 2] {
     let much = if quick { 4 << 10 } else { 16 << 10 };
-    [much, RAM_MIB].map(|memory_mib| Cell { memory_mib, ws_mib: 64, dirty: 0 })
+    [much, RAM_MIB].map(|memory_mib| Cell { memory_mib, ws_mib: 64, dirty: 0, sequential: false })
 }
 
 /// What is asked of the idle VMs.
@@ -77,7 +77,7 @@ pub fn growth(bench: &Bench, subject: Subject, moves: usize) -> Growth {
 }
 
 fn chain(bench: &Bench, growth: &mut Growth, moves: usize) -> Result<()> {
-    let cell = Cell { memory_mib: RAM_MIB, ws_mib: 64, dirty: 10_000 };
+    let cell = Cell { memory_mib: RAM_MIB, ws_mib: 64, dirty: 10_000, sequential: false };
     let (setup, subject) = (cell.setup(), growth.subject);
     let mut guest = subject.boot(&bench.tools, bench.without_migration, NAME, &setup)?;
     for hop in 1..=moves {

@@ -55,6 +55,10 @@ pub struct Bench {
     pub private_network: bool,
     /// Short windows.
     pub quick: bool,
+    /// How long what is sent is on its way.
+    pub delay: Duration,
+    /// The link, Mbit/s.
+    pub rate: Option<u32>,
 }
 
 fn main() -> ExitCode {
@@ -101,6 +105,23 @@ fn private_network(arguments: &[String]) -> bool {
     }
     eprintln!("no network namespace: bytes on the wire are not counted from outside");
     false
+}
+
+/// Makes `lo` a link of so many Mbit/s, which both directions share: one of them has nearly all bytes.
+fn restrict(rate: u32, private_network: bool) -> Result<()> {
+    if !private_network {
+        return Err("--rate needs a network namespace of its own".into());
+    }
+    // A burst of 1 ms, at least a packet of lo; what waits longer than 50 ms is dropped.
+    let burst = (rate * 125).max(66_000).to_string();
+    let rate = format!("{rate}mbit");
+    let qdisc = ["qdisc", "add", "dev", "lo", "root", "handle", "1:", "tbf", "rate", &rate];
+    let made = Command::new("tc").args(qdisc).args(["burst", &burst, "latency", "50ms"]).output();
+    let made = made.map_err(|error| format!("tc: {error}"))?;
+    if !made.status.success() {
+        return Err(format!("tc {rate}: {}", String::from_utf8_lossy(&made.stderr)).into());
+    }
+    Ok(())
 }
 
 /// How far it is.
@@ -198,19 +219,29 @@ fn bench(options: &Options, arguments: &[String]) -> Result<bool> {
     // The guest that stays is run by who is measured.
     let by_minivmm = subjects.iter().any(|s| s.is_minivmm()) || tools.qemu.is_err();
     let without_migration = if by_minivmm { Vmm::Minivmm } else { Vmm::QemuRom };
-    let bench = Bench { tools, without_migration, private_network, quick: options.quick };
+    if let Some(rate) = options.rate {
+        restrict(rate, private_network)?;
+    }
+    let bench = Bench {
+        tools,
+        without_migration,
+        private_network,
+        quick: options.quick,
+        delay: options.delay,
+        rate: options.rate,
+    };
 
     let plan = Plan::new(options, &subjects);
     let all = plan.seconds(options);
     let mut progress = Progress { begin: Instant::now(), done: 0.0, all };
     eprintln!("{}", progress.left());
     let mut results = Results::default();
-    let columns = [&sample::COLUMNS[..], &sample::PAUSE].concat();
+    let columns = [&sample::COLUMNS[..], &sample::POSTCOPY, &sample::PAUSE].concat();
     for turns in plan.cells.iter().filter(|turns| !turns.is_empty()) {
         let load = measure(&bench, options, turns, &mut progress, &mut results);
         let cell = turns[0].0;
         println!("{}", table::cell(&results.samples, cell, &columns, &load));
-        results.verdicts.extend(verdict::of_cell(&results.samples, cell));
+        results.verdicts.extend(verdict::of_cell(&results.samples, cell, options.rate));
     }
     if !plan.idle.is_empty() {
         let load = measure(&bench, options, &plan.idle, &mut progress, &mut results);
@@ -382,6 +413,13 @@ fn notes(bench: &Bench, options: &Options, qemu: &str, took: Duration) -> Result
         load_average(),
         took.as_secs_f64() / 60.0
     );
+    if let Some(rate) = bench.rate {
+        text += &format!("\nThe link: {rate} Mbit/s, by a token bucket filter on lo.");
+    }
+    if !bench.delay.is_zero() {
+        text +=
+            &format!("\nThe link: {:?} more each way, by a proxy on the same CPUs.", bench.delay);
+    }
     if !bench.private_network {
         text += "\nNo network namespace of its own: bytes on the wire were not counted.";
     }

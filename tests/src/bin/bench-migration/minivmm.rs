@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use ::tests::bench::{Guest, Result, Tools, Wiring, LIMIT};
 use serde_json::Value;
 
-use crate::sample;
+use crate::sample::{self, Quantity};
 use crate::subject::{Incoming, Moved, Told};
 
 /// The pause that it may make.
@@ -65,6 +65,10 @@ fn told(report: Value) -> Told {
     let sum = |values: &Vec<Value>| values.iter().filter_map(Value::as_f64).sum();
     let first = &report["rounds"][0];
     let rate = |bytes: f64, micros: f64| bytes / micros * 1e6;
+    let pause = sample::PAUSE.iter().filter_map(|part| {
+        let name = part.key.strip_prefix("pause_")?.replace("_ms", "_us");
+        Some((*part, ms(&report["pause"][name])?))
+    });
     Told {
         total_ms: ms(&report["total_us"]),
         downtime_ms: ms(&report["pause"]["total_us"]),
@@ -73,15 +77,28 @@ fn told(report: Value) -> Told {
         first_pass: Option::zip(first["bytes"].as_f64(), first["duration_us"].as_f64())
             .filter(|(_, micros)| *micros > 0.0)
             .map(|(bytes, micros)| rate(bytes, micros)),
-        pause: sample::PAUSE
-            .iter()
-            .filter_map(|part| {
-                let name = part.key.strip_prefix("pause_")?.replace("_ms", "_us");
-                Some((*part, ms(&report["pause"][name])?))
-            })
-            .collect(),
+        figures: pause.chain(waits(&report["postcopy"]["destination"])).collect(),
         all: report,
     }
+}
+
+/// What the guest waited for, from the destination's part of the report.
+fn waits(there: &Value) -> impl Iterator<Item = (Quantity, f64)> {
+    let us = |name: &str| there["latency"][name].as_f64().map(|nanos| nanos / 1e3);
+    let requests = there["requests"].as_f64();
+    let vcpus = there["blocked_us"].as_array().map(|threads| {
+        let of_vcpu =
+            |thread: &&Value| thread[0].as_str().is_some_and(|name| name.starts_with("vcpu"));
+        threads.iter().filter(of_vcpu).filter_map(|thread| thread[1].as_f64()).sum::<f64>()
+    });
+    let mean = Option::zip(vcpus, requests).filter(|(_, requests)| *requests > 0.0);
+    let figures = [
+        (sample::FAULTS, requests),
+        (sample::FAULT_MEAN, mean.map(|(waited, requests)| waited / requests)),
+        (sample::FAULT_P50, us("p50_ns")),
+        (sample::FAULT_P99, us("p99_ns")),
+    ];
+    figures.into_iter().filter_map(|(quantity, figure)| Some((quantity, figure?)))
 }
 
 #[cfg(test)]
@@ -96,14 +113,26 @@ mod tests {
             "pause": { "total_us": 2500, "stop_us": 100, "destination_own_us": 1 },
             "connection_bytes": [1000, 500],
             "rounds": [{ "bytes": 1400, "duration_us": 200_000 }, {}],
+            "postcopy": { "destination": {
+                "requests": 4, "blocked_us": [["vcpu0", 300], ["mig-load", 50], ["vcpu1", 100]],
+                "latency": { "p50_ns": 90_000, "p99_ns": 200_000 },
+            }},
         }));
         assert_eq!(told.total_ms, Some(250.0));
         assert_eq!(told.downtime_ms, Some(2.5));
         assert_eq!(told.bytes, Some(1500.0));
         assert_eq!(told.rounds, Some(3.0));
         assert_eq!(told.first_pass, Some(7000.0));
-        let parts: Vec<_> = told.pause.iter().map(|(part, ms)| (part.key, *ms)).collect();
-        assert_eq!(parts, [("pause_stop_ms", 0.1), ("pause_destination_own_ms", 0.001)]);
+        let figures: Vec<_> = told.figures.iter().map(|(part, ms)| (part.key, *ms)).collect();
+        let wanted = [
+            ("pause_stop_ms", 0.1),
+            ("pause_destination_own_ms", 0.001),
+            ("network_faults", 4.0),
+            ("fault_mean_us", 100.0),
+            ("fault_p50_us", 90.0),
+            ("fault_p99_us", 200.0),
+        ];
+        assert_eq!(figures, wanted);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::subject::{Cell, Subject, RAM_MIB};
 
@@ -11,12 +12,15 @@ Usage: bench-migration [--quick] [--parts LIST] [--cells LIST] [--subjects LIST]
                      cells   the guest under load, beside QEMU
                      idle    16 GiB of which little is in use, beside 1 GiB
                      growth  memory of the process after many moves
-  --cells LIST     MIB/PAGES_PER_SECOND: working set and dirty rate
+  --cells LIST     MIB/PAGES_PER_SECOND[/sequential]: working set and dirty rate, its pages scattered over
+                   RAM in any order or as they are written
                    [default: 16, 256 and 700 MiB, each with 0, 10k and 100k]
   --subjects LIST  baseline, raw-copy, minivmm-1, minivmm-4, qemu-precopy, qemu-multifd,
                    minivmm and qemu mean both of theirs [default: all of these];
                    minivmm-postcopy-bubble, -linear, -off, qemu-postcopy, qemu-postcopy-preempt,
                    postcopy means these five
+  --rate MBIT      a link of so many Mbit/s: a token bucket filter (tc) on lo of the private network namespace
+  --delay MS       what is sent arrives so much later, each way: through a proxy between the two processes
   --runs N         that count; one before them warms up [default: 5]
   --quick          two cells, two runs, short windows: a look, no figures
   --json FILE      write all samples to FILE
@@ -51,6 +55,10 @@ pub struct Options {
     pub cells: Vec<Cell>,
     /// In the order of tables.
     pub subjects: Vec<Subject>,
+    /// The link, Mbit/s.
+    pub rate: Option<u32>,
+    /// How long what is sent is on its way.
+    pub delay: Duration,
     /// Runs that count.
     pub runs: usize,
     /// Where samples go.
@@ -70,6 +78,7 @@ impl Options {
     /// Reads the command line; an error is to be shown as it is.
     pub fn parse(mut arguments: impl Iterator<Item = String>) -> std::result::Result<Self, String> {
         let (mut quick, mut json, mut runs) = (false, None, None);
+        let (mut rate, mut delay) = (None, Duration::ZERO);
         let mut parts = PARTS.map(|(_, part)| part).to_vec();
         let mut subjects = Subject::ALL[..Subject::PRECOPY].to_vec();
         let mut cells = None;
@@ -81,6 +90,16 @@ impl Options {
                 "--cells" => cells = Some(list(&value()?, |text| Ok(vec![Cell::parse(text)?]))?),
                 "--subjects" => subjects = list(&value()?, subjects_named)?,
                 "--parts" => parts = list(&value()?, parts_named)?,
+                "--rate" => {
+                    let number = value()?.parse().ok().filter(|rate| (1..=100_000).contains(rate));
+                    rate = Some(number.ok_or("--rate needs Mbit/s, at most 100000")?);
+                }
+                "--delay" => {
+                    let ms: Option<f64> = value()?.parse().ok();
+                    let ms = ms.filter(|ms| (0.0..=1000.0).contains(ms));
+                    delay =
+                        Duration::from_secs_f64(ms.ok_or("--delay needs ms, at most 1000")? / 1e3);
+                }
                 "--runs" => {
                     let number = value()?.parse().ok().filter(|runs| *runs > 0);
                     runs = Some(number.ok_or("--runs needs a number above 0")?);
@@ -93,7 +112,7 @@ impl Options {
         subjects.dedup();
         let cells = cells.unwrap_or_else(|| default_cells(quick));
         let runs = runs.unwrap_or(if quick { 2 } else { 5 });
-        Ok(Self { quick, parts, cells, subjects, runs, json })
+        Ok(Self { quick, parts, cells, subjects, rate, delay, runs, json })
     }
 }
 
@@ -111,7 +130,7 @@ fn parts_named(word: &str) -> std::result::Result<Vec<Part>, String> {
 }
 
 fn default_cells(quick: bool) -> Vec<Cell> {
-    let cell = |ws_mib, dirty| Cell { memory_mib: RAM_MIB, ws_mib, dirty };
+    let cell = |ws_mib, dirty| Cell { memory_mib: RAM_MIB, ws_mib, dirty, sequential: false };
     if quick {
         return vec![cell(16, 0), cell(256, 10_000)];
     }
@@ -149,9 +168,25 @@ mod tests {
     }
 
     #[test]
+    fn a_link_is_described() {
+        let options = parse("--rate 1000 --delay 0.5 --cells 256/10k/sequential").unwrap();
+        assert_eq!((options.rate, options.delay), (Some(1000), Duration::from_micros(500)));
+        assert!(options.cells[0].sequential);
+    }
+
+    #[test]
     fn what_is_not_known_is_refused() {
-        for wrong in ["--subjects xen", "--cells 16", "--parts all", "--runs 0", "--runs", "quick"]
-        {
+        for wrong in [
+            "--subjects xen",
+            "--cells 16",
+            "--parts all",
+            "--runs 0",
+            "--runs",
+            "quick",
+            "--rate 0",
+            "--delay -1",
+            "--cells 16/0/odd",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
         assert!(parse("--help").unwrap_err().starts_with("Usage"));

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use ::tests::bench::{Guest, Qmp, Result, Setup, Tools};
 use serde_json::{json, Value};
 
+use crate::sample;
 use crate::subject::{Incoming, Moved, Subject, Told};
 
 /// The pause that it may make, ms. Less than its default of 300 and what it mostly keeps to.
@@ -50,6 +51,7 @@ fn prepare(qmp: &mut Qmp, subject: Subject) -> Result<()> {
     if let Subject::QemuPostcopy { preempt } = subject {
         capabilities.push(json!({ "capability": "postcopy-ram", "state": true }));
         capabilities.push(json!({ "capability": "postcopy-preempt", "state": preempt }));
+        capabilities.push(json!({ "capability": "postcopy-blocktime", "state": true }));
     }
     qmp.command("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
     qmp.command("migrate-set-parameters", parameters)?;
@@ -69,17 +71,17 @@ pub fn migrate(source: &mut Guest, to: &str, postcopy: bool) -> Result<Moved> {
     }
     ended(qmp)?;
     let outside = begin.elapsed();
-    let told = told(qmp)?;
+    let told = told(qmp, postcopy)?;
     Ok(Moved { outside, told })
 }
 
 /// QEMU's own figures. It works them out after the event.
-fn told(qmp: &mut Qmp) -> Result<Told> {
+fn told(qmp: &mut Qmp, postcopy: bool) -> Result<Told> {
     let begin = Instant::now();
     loop {
         let all = qmp.command("query-migrate", json!({}))?;
         if all["total-time"].as_u64().is_some_and(|ms| ms > 0) {
-            return Ok(understand(all));
+            return Ok(understand(all, postcopy));
         }
         if begin.elapsed() > TELLS {
             return Err(format!("QEMU does not say how long it took: {all}").into());
@@ -93,6 +95,13 @@ pub fn has_arrived(destination: &mut Guest) -> Result<()> {
     ended(destination.qmp()?)
 }
 
+/// For how long vCPUs waited for pages, us: sums of whole milliseconds, which are right on average.
+pub fn waited(destination: &mut Guest) -> Result<Option<f64>> {
+    let all = destination.qmp()?.command("query-migrate", json!({}))?;
+    let of_vcpus = all["postcopy-vcpu-blocktime"].as_array();
+    Ok(of_vcpus.map(|times| times.iter().filter_map(Value::as_f64).sum::<f64>() * 1e3))
+}
+
 /// A failure is an error of [`Qmp::event`].
 fn ended(qmp: &mut Qmp) -> Result<()> {
     qmp.event("end of the migration", |event| {
@@ -101,15 +110,16 @@ fn ended(qmp: &mut Qmp) -> Result<()> {
     Ok(())
 }
 
-fn understand(all: Value) -> Told {
+fn understand(all: Value, postcopy: bool) -> Told {
     let ram = &all["ram"];
+    let requests = ram["postcopy-requests"].as_f64().filter(|_| postcopy);
     Told {
         total_ms: all["total-time"].as_f64(),
         downtime_ms: all["downtime"].as_f64(),
         bytes: ram["transferred"].as_f64(),
         rounds: ram["dirty-sync-count"].as_f64(),
         first_pass: None,
-        pause: Vec::new(),
+        figures: requests.map(|number| (sample::FAULTS, number)).into_iter().collect(),
         all,
     }
 }
@@ -120,11 +130,12 @@ mod tests {
 
     #[test]
     fn its_answer_is_understood() {
-        let ram = json!({ "transferred": 4096, "dirty-sync-count": 3 });
-        let told = understand(json!({ "total-time": 120, "downtime": 4, "ram": ram }));
+        let ram = json!({ "transferred": 4096, "dirty-sync-count": 3, "postcopy-requests": 7 });
+        let told = understand(json!({ "total-time": 120, "downtime": 4, "ram": ram }), true);
         assert_eq!(told.total_ms, Some(120.0));
         assert_eq!(told.downtime_ms, Some(4.0));
         assert_eq!(told.bytes, Some(4096.0));
         assert_eq!(told.rounds, Some(3.0));
+        assert_eq!(told.figures.iter().map(|(_, number)| *number).collect::<Vec<_>>(), [7.0]);
     }
 }

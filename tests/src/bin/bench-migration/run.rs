@@ -3,15 +3,18 @@
 use std::time::{Duration, Instant};
 
 use ::tests::bench::{loopback_bytes, CpuMeter, CpuUsed, Guest, Result, GUEST_ERROR};
+use ::tests::proxy::{Proxy, Shape};
 use serde_json::Value;
 
 use crate::raw::RawCopy;
 use crate::sample::{self, Sample};
-use crate::subject::{Cell, Moved, Subject};
+use crate::subject::{Cell, Incoming, Moved, Subject};
 use crate::warm::warm;
 use crate::Bench;
 
 const MIB: f64 = 1_048_576.0;
+/// The first part of a window, in which a guest without its memory suffers most.
+const FIRST_MS: u64 = 1000;
 /// What has just been started may come to rest.
 const SETTLE: Duration = Duration::from_millis(150);
 /// What is touched ahead besides what the guest uses, bytes.
@@ -79,15 +82,27 @@ fn migration(bench: &Bench, sample: &mut Sample) -> Result<()> {
     std::thread::sleep(SETTLE);
     warm(cell.bytes() + WARM_BEYOND)?;
     let pids = vec![source.pid(), incoming.guest.pid()];
+    // The link is there for all of them, and only they take it.
+    let proxy = (!bench.delay.is_zero()).then(|| {
+        let shape = Shape { bandwidth: None, latency: bench.delay };
+        Proxy::shaped(&incoming.address, shape, shape)
+    });
+    let address = proxy.as_ref().map_or(incoming.address.clone(), Proxy::address);
     let window = Window::begin(bench, sample, pids.clone(), &mut source)?;
+    if subject.is_postcopy() {
+        source.say(&format!("window {FIRST_MS}"))?;
+    }
     let wire = loopback_bytes();
     let cpu = CpuMeter::begin(&pids)?;
     let clocks = Clocks::now();
-    let moved = subject.migrate(&bench.tools, &mut source, NAME, &incoming.address)?;
+    let moved = subject.migrate(&bench.tools, &mut source, NAME, &address)?;
     let used = cpu.used(&pids)?;
     tell(sample, &moved, &used);
     let switch = incoming.arrived(subject)?;
     sample.set(sample::ARRIVAL, switch["tsc"].as_u64().and_then(|tsc| clocks.seconds_until(tsc)));
+    if subject.is_postcopy() {
+        drained(sample, &mut incoming)?;
+    }
     // Now, since a source that has let go may have left much in its socket.
     if let (true, Ok(before), Ok(after)) = (bench.private_network, wire, loopback_bytes()) {
         sample.set(sample::WIRE, after.saturating_sub(before) as f64 / MIB);
@@ -99,6 +114,32 @@ fn migration(bench: &Bench, sample: &mut Sample) -> Result<()> {
     incoming.guest.end()
 }
 
+/// What the guest got done until all of its memory was there, which is now, and what it waited for.
+fn drained(sample: &mut Sample, incoming: &mut Incoming) -> Result<()> {
+    incoming.guest.say("window")?;
+    // One that was asked for before the guest moved, and this one, in whatever order they come.
+    for _ in 0..2 {
+        let window = incoming.guest.event("window")?.event;
+        let work = Option::zip(window["writes"].as_f64(), window["intended"].as_f64())
+            .filter(|(_, intended)| *intended > 0.0)
+            .map(|(writes, intended)| 100.0 * writes / intended);
+        if window["asked_ms"] == FIRST_MS {
+            sample.set(sample::WORK_SECOND, work);
+        } else {
+            sample.set(sample::WORK_DRAINED, work);
+            let buckets = window["hist"].as_array().map_or(0, Vec::len);
+            sample.set(sample::DRAIN_GAP, f64::powi(2.0, 9 + buckets as i32) / 1e6);
+        }
+    }
+    let faults = sample.get(sample::FAULTS);
+    let pages = sample.cell.bytes() as f64 / 4096.0;
+    sample.set(sample::FAULT_SHARE, faults.map(|faults| 100.0 * faults / pages));
+    if let Some((waited, faults)) = incoming.waited(sample.subject)?.zip(faults) {
+        sample.set(sample::FAULT_MEAN, Some(waited / faults).filter(|mean| mean.is_finite()));
+    }
+    Ok(())
+}
+
 /// What the VMM says, and what was seen of it from outside.
 fn tell(sample: &mut Sample, moved: &Moved, used: &CpuUsed) {
     let told = &moved.told;
@@ -108,8 +149,8 @@ fn tell(sample: &mut Sample, moved: &Moved, used: &CpuUsed) {
     sample.set(sample::TOLD_WIRE, told.bytes.map(|bytes| bytes / MIB));
     sample.set(sample::ROUNDS, told.rounds);
     sample.set(sample::THROUGHPUT, told.first_pass.map(|bytes| bytes / MIB));
-    for (part, ms) in &told.pause {
-        sample.set(*part, *ms);
+    for (quantity, figure) in &told.figures {
+        sample.set(*quantity, *figure);
     }
     // The command that gives the order is a part of the source.
     sample.set(sample::CPU_SOURCE, used.processes.first().map(|cpu| cpu + used.own));

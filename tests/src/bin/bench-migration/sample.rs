@@ -56,6 +56,27 @@ pub const ROUNDS: Quantity = quantity("rounds", "rounds", 0);
 /// Throughput of the first pass, or of the raw copy.
 pub const THROUGHPUT: Quantity = quantity("first_pass_mib_per_s", "first pass MiB/s", 0);
 
+/// Written of what was intended until all memory was at the destination.
+pub const WORK_DRAINED: Quantity = quantity("work_drained_percent", "work until drained %", 1);
+/// The same of the first second.
+pub const WORK_SECOND: Quantity = quantity("work_second_percent", "work in the first second %", 1);
+/// The guest's largest gap until all memory was at the destination, the switch apart: a bound, a power of two.
+pub const DRAIN_GAP: Quantity = quantity("drain_gap_ms", "gap until drained, below ms", 1);
+/// Pages that were asked for over the network.
+pub const FAULTS: Quantity = quantity("network_faults", "network faults", 0);
+/// The same, of the working set's pages.
+pub const FAULT_SHARE: Quantity = quantity("fault_share_percent", "of the working set %", 2);
+/// How long the guest waited for a page on average, as the VMM tells.
+pub const FAULT_MEAN: Quantity = quantity("fault_mean_us", "wait for a page, mean us", 0);
+/// Half of the waits were shorter, as the VMM tells.
+pub const FAULT_P50: Quantity = quantity("fault_p50_us", "p50 us", 0);
+/// Of a hundred waits one was longer, as the VMM tells.
+pub const FAULT_P99: Quantity = quantity("fault_p99_us", "p99 us", 0);
+
+/// What a table has of post-copy.
+pub const POSTCOPY: [Quantity; 8] =
+    [WORK_SECOND, WORK_DRAINED, DRAIN_GAP, FAULTS, FAULT_SHARE, FAULT_MEAN, FAULT_P50, FAULT_P99];
+
 /// The parts of the pause as minivmm tells them, one after the other; the last three are the
 /// destination's own figures, within `load`, `commit` and `resume`.
 pub const PAUSE: [Quantity; 10] = [
@@ -222,7 +243,7 @@ pub mod tests {
     use super::*;
 
     /// The cell of all tests.
-    pub const CELL: Cell = Cell { memory_mib: 1024, ws_mib: 16, dirty: 0 };
+    pub const CELL: Cell = Cell { memory_mib: 1024, ws_mib: 16, dirty: 0, sequential: false };
 
     /// A valid run.
     pub fn sample(subject: Subject, run: usize, values: &[(Quantity, f64)]) -> Sample {

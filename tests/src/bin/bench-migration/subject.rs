@@ -187,6 +187,14 @@ impl Incoming {
         }
         Ok(switch)
     }
+
+    /// For how long the guest waited for pages, us, as far as only the destination knows it.
+    pub fn waited(&mut self, subject: Subject) -> Result<Option<f64>> {
+        match subject {
+            Subject::QemuPostcopy { .. } => qemu::waited(&mut self.guest),
+            _ => Ok(None),
+        }
+    }
 }
 
 /// A migration that is over.
@@ -213,8 +221,8 @@ pub struct Told {
     pub rounds: Option<f64>,
     /// Bytes per second of the first pass.
     pub first_pass: Option<f64>,
-    /// Parts of the pause, in ms.
-    pub pause: Vec<(Quantity, f64)>,
+    /// Parts of the pause, and what waits for pages there were.
+    pub figures: Vec<(Quantity, f64)>,
     /// Everything, as it was told.
     pub all: serde_json::Value,
 }
@@ -231,13 +239,16 @@ pub struct Cell {
     pub ws_mib: u64,
     /// Pages that it writes per second.
     pub dirty: u64,
+    /// Whether pages that are written one after the other lie so in RAM; otherwise they are scattered.
+    pub sequential: bool,
 }
 
 impl Cell {
     /// The guest. Registers are checked as far as QEMU keeps them (see beacon's README).
     pub fn setup(self) -> Setup {
-        let Self { memory_mib, ws_mib, dirty } = self;
-        let cmdline = format!("ws={ws_mib} dirty={dirty} order=scattered report=0 fpu=sse");
+        let Self { memory_mib, ws_mib, dirty, sequential } = self;
+        let order = if sequential { "linear" } else { "scattered" };
+        let cmdline = format!("ws={ws_mib} dirty={dirty} order={order} report=0 fpu=sse");
         Setup { memory_mib, cpus: 1, cmdline, ..Setup::default() }
     }
 
@@ -246,9 +257,13 @@ impl Cell {
         self.ws_mib << 20
     }
 
-    /// `MIB/RATE` with 1 GiB of RAM; the rate may end with `k`.
+    /// `MIB/RATE` or `MIB/RATE/sequential` with 1 GiB of RAM; the rate may end with `k`.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
         let wrong = || format!("{text} is no cell: MIB/PAGES_PER_SECOND, such as 256/10k");
+        let (text, sequential) = match text.strip_suffix("/sequential") {
+            Some(text) => (text, true),
+            None => (text, false),
+        };
         let (ws, rate) = text.split_once('/').ok_or_else(wrong)?;
         let (rate, unit) = rate.strip_suffix('k').map_or((rate, 1), |rate| (rate, 1000));
         let number = |text: &str| text.parse::<u64>().map_err(|_| wrong());
@@ -257,7 +272,7 @@ impl Cell {
         if !(1..=900).contains(&ws_mib) {
             return Err(format!("{text}: the working set is 1 to 900 MiB"));
         }
-        Ok(Self { memory_mib: RAM_MIB, ws_mib, dirty })
+        Ok(Self { memory_mib: RAM_MIB, ws_mib, dirty, sequential })
     }
 }
 
@@ -268,7 +283,8 @@ impl fmt::Display for Cell {
         if self.memory_mib != RAM_MIB {
             write!(f, "{} GiB of RAM, ", self.memory_mib >> 10)?;
         }
-        write!(f, "{} MiB, {number}{unit} pages/s", self.ws_mib)
+        let order = if self.sequential { ", sequential" } else { "" };
+        write!(f, "{} MiB, {number}{unit} pages/s{order}", self.ws_mib)
     }
 }
 
@@ -280,10 +296,13 @@ mod tests {
     #[test]
     fn cells_are_read_and_shown() {
         let cell = Cell::parse("256/10k").unwrap();
-        assert_eq!(cell, Cell { memory_mib: 1024, ws_mib: 256, dirty: 10_000 });
+        let (memory_mib, ws_mib, dirty) = (1024, 256, 10_000);
+        assert_eq!(cell, Cell { memory_mib, ws_mib, dirty, sequential: false });
         assert_eq!(cell.to_string(), "256 MiB, 10 k pages/s");
         assert_eq!(Cell::parse("16/0").unwrap().to_string(), "16 MiB, 0 pages/s");
-        let large = Cell { memory_mib: 16 << 10, ws_mib: 64, dirty: 0 };
+        let cell = Cell::parse("256/10k/sequential").unwrap();
+        assert_eq!(cell.to_string(), "256 MiB, 10 k pages/s, sequential");
+        let large = Cell { memory_mib: 16 << 10, ws_mib: 64, dirty: 0, sequential: false };
         assert_eq!(large.to_string(), "16 GiB of RAM, 64 MiB, 0 pages/s");
         for wrong in ["", "16", "16/x", "0/0", "1000/0", "1/99999999999999999999k"] {
             assert!(Cell::parse(wrong).is_err(), "{wrong}");

@@ -148,7 +148,7 @@ mod tests {
         let minivmm = Subject::Minivmm { connections: 4 };
         let qemu = Subject::Qemu { multifd: Some(4) };
         let samples = [sample(minivmm, 1, &[(TOTAL, 0.1)]), sample(qemu, 1, &[(TOTAL, 0.2)])];
-        let found = verdict::of_cell(&samples, CELL);
+        let found = verdict::of_cell(&samples, CELL, None);
         let text = verdicts(&found);
         let line = "| 16 MiB, 0 pages/s | minivmm, 4 connections | total, s | 0.100 | \
                     0.200 (QEMU multifd 4) | 0.50 | ≤ 0.140 | met |";

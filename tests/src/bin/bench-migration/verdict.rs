@@ -1,7 +1,10 @@
 //! What is to be reached beside QEMU, and whether it is.
 
+use std::cmp::Ordering;
+
 use crate::sample::{
-    Quantity, Runs, Sample, OTHER_GAP, SWITCH_GAP, THROUGHPUT, TOLD_DOWNTIME, TOTAL, WORK,
+    Quantity, Runs, Sample, FAULT_MEAN, FAULT_P50, OTHER_GAP, SWITCH_GAP, THROUGHPUT,
+    TOLD_DOWNTIME, TOTAL, WORK, WORK_DRAINED,
 };
 use crate::subject::{Cell, Subject};
 
@@ -12,6 +15,12 @@ pub const TOTAL_SHARE: f64 = 0.7;
 /// With post-copy: the guest's work beside QEMU's, and what is good enough, percent.
 pub const POSTCOPY_WORK_SHARE: f64 = 2.0;
 pub const POSTCOPY_WORK: f64 = 90.0;
+/// The wait for a page beside that of QEMU with preempt, where the link is as fast as can be.
+pub const FAULT_SHARE_OF_QEMU: f64 = 0.5;
+/// Otherwise its median beyond the time that the link takes for the answer, us.
+pub const FAULT_BEYOND_WIRE_US: f64 = 150.0;
+/// An answer on the wire: a page, the record's header and table, headers of TCP and IP.
+pub const ANSWER_BYTES: f64 = 4096.0 + 56.0 + 52.0;
 /// The pause of an idle guest as the VMM says, ms.
 pub const IDLE_PAUSE_MS: f64 = 3.0;
 /// Throughput on one connection beside the raw copy.
@@ -72,16 +81,30 @@ fn best_of_qemu(
     quantity: Quantity,
     ours: Subject,
 ) -> Option<(f64, Subject)> {
+    of_qemu(samples, cell, quantity, ours).min_by(by_figure)
+}
+
+fn by_figure(a: &(f64, Subject), b: &(f64, Subject)) -> Ordering {
+    a.0.total_cmp(&b.0)
+}
+
+/// The median of a quantity of each of QEMU's settings that do the same as `ours`.
+fn of_qemu(
+    samples: &[Sample],
+    cell: Cell,
+    quantity: Quantity,
+    ours: Subject,
+) -> impl Iterator<Item = (f64, Subject)> + '_ {
     let alike =
-        |subject: &Subject| subject.is_qemu() && subject.is_postcopy() == ours.is_postcopy();
-    let qemu = Subject::ALL.into_iter().filter(alike);
-    let medians = qemu
-        .filter_map(|subject| Some((Runs::of(samples, cell, subject).median(quantity)?, subject)));
-    medians.min_by(|a, b| a.0.total_cmp(&b.0))
+        move |subject: &Subject| subject.is_qemu() && subject.is_postcopy() == ours.is_postcopy();
+    Subject::ALL.into_iter().filter(alike).filter_map(move |subject| {
+        Some((Runs::of(samples, cell, subject).median(quantity)?, subject))
+    })
 }
 
 /// All that is asked of minivmm in a cell.
-pub fn of_cell(samples: &[Sample], cell: Cell) -> Vec<Verdict> {
+/// `rate`: of the link, Mbit/s.
+pub fn of_cell(samples: &[Sample], cell: Cell, rate: Option<u32>) -> Vec<Verdict> {
     let median = |subject, quantity| Runs::of(samples, cell, subject).median(quantity);
     let disturbed = Subject::ALL.iter().any(|s| Runs::of(samples, cell, *s).noisy());
     let mut verdicts = Vec::new();
@@ -106,12 +129,14 @@ pub fn of_cell(samples: &[Sample], cell: Cell) -> Vec<Verdict> {
         verdicts.push(verdict(SWITCH_GAP, "switch gap, ms", gap, target));
         if cell.dirty > 0 {
             // Beside the setting that the gap is compared with, in whole percents.
-            let work = gap.and_then(|(_, qemu)| Some((median(qemu, WORK)?, qemu)));
-            let target = work.map(|(work, _)| match subject.is_postcopy() {
-                true => (POSTCOPY_WORK_SHARE * work).min(POSTCOPY_WORK),
-                false => work,
-            });
-            let row = verdict(WORK, "guest work, %", work, target);
+            let row = if subject.is_postcopy() {
+                let work = of_qemu(samples, cell, WORK_DRAINED, subject).max_by(by_figure);
+                let target = work.map(|(work, _)| (POSTCOPY_WORK_SHARE * work).min(POSTCOPY_WORK));
+                verdict(WORK_DRAINED, "guest work until drained, %", work, target)
+            } else {
+                let work = gap.and_then(|(_, qemu)| Some((median(qemu, WORK)?, qemu)));
+                verdict(WORK, "guest work, %", work, work.map(|(work, _)| work))
+            };
             verdicts.push(Verdict { at_least: true, digits: 0, ..row });
         } else {
             let row = verdict(TOLD_DOWNTIME, "own pause, ms", None, Some(IDLE_PAUSE_MS));
@@ -121,6 +146,18 @@ pub fn of_cell(samples: &[Sample], cell: Cell) -> Vec<Verdict> {
         let share = if subject.is_postcopy() { 1.0 } else { TOTAL_SHARE };
         let target = total.map(|(total, _)| total * share);
         verdicts.push(verdict(TOTAL, "total, s", total, target));
+        if subject.is_postcopy() && cell.dirty > 0 {
+            let preempt = Subject::QemuPostcopy { preempt: true };
+            let theirs = median(preempt, FAULT_MEAN).map(|mean| (mean, preempt));
+            let target = theirs.map(|(mean, _)| mean * FAULT_SHARE_OF_QEMU);
+            let target = target.filter(|_| rate.is_none());
+            verdicts.push(verdict(FAULT_MEAN, "wait for a page, mean us", theirs, target));
+            if let Some(rate) = rate {
+                let target = ANSWER_BYTES * 8.0 / f64::from(rate) + FAULT_BEYOND_WIRE_US;
+                let row = verdict(FAULT_P50, "wait for a page, p50 us", None, Some(target));
+                verdicts.push(row);
+            }
+        }
         if subject == (Subject::Minivmm { connections: 1 }) {
             if let Some(limit) = median(Subject::RawCopy, THROUGHPUT) {
                 let peer = Some((limit, Subject::RawCopy));
@@ -159,7 +196,7 @@ mod tests {
 
     #[test]
     fn each_figure_is_compared_with_qemus_best() {
-        let verdicts = of_cell(&samples(), CELL);
+        let verdicts = of_cell(&samples(), CELL, None);
         let what: Vec<_> = verdicts.iter().map(|v| (v.what, v.text())).collect();
         assert_eq!(
             what,
@@ -183,19 +220,19 @@ mod tests {
         let mut samples = samples();
         samples.iter_mut().for_each(|sample| sample.cell = cell);
         samples[2].set(WORK, 96.6);
-        let work = of_cell(&samples, cell).into_iter().find(|v| v.at_least).unwrap();
+        let work = of_cell(&samples, cell, None).into_iter().find(|v| v.at_least).unwrap();
         assert_eq!((work.target, work.text()), (Some(97.0), "met"));
         samples[2].set(WORK, 96.4);
-        let work = of_cell(&samples, cell).into_iter().find(|v| v.at_least).unwrap();
+        let work = of_cell(&samples, cell, None).into_iter().find(|v| v.at_least).unwrap();
         assert_eq!(work.text(), "MISSED");
     }
 
     #[test]
     fn without_a_peer_or_a_baseline_nothing_is_met() {
         let all = samples();
-        let alone = of_cell(&all[2..3], CELL);
+        let alone = of_cell(&all[2..3], CELL, None);
         assert_eq!(alone[0].met(), None);
         assert_eq!(alone[0].ratio(), None);
-        assert_eq!(of_cell(&all[3..], CELL), []);
+        assert_eq!(of_cell(&all[3..], CELL, None), []);
     }
 }
