@@ -25,6 +25,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::options::Cidr;
 use super::plan::{Link, LinkKind};
+use super::whole::send_whole;
 use super::NetworkError;
 use crate::config::Mac;
 
@@ -130,7 +131,7 @@ impl Links {
         })
     }
 
-    /// Marks a link, sets its MTU and bridge, and switches it on.
+    /// Marks a link, sets its MTU, bridge and offloads, and switches it on.
     ///
     /// # Errors
     /// The kernel's.
@@ -141,6 +142,10 @@ impl Links {
             message = message.controller(self.get(bridge)?.index);
         }
         self.set(message.up().build(), || format!("set up the link {}", link.name))?;
+        if link.whole {
+            let what = || format!("switch off checksum offload of the link {}", link.name);
+            send_whole(&link.name).map_err(|error| NetworkError::kernel(what(), error))?;
+        }
         if !link.isolated {
             return Ok(());
         }

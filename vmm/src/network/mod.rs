@@ -23,6 +23,7 @@ mod options;
 mod plan;
 mod store;
 mod tools;
+mod whole;
 
 use std::fs;
 
@@ -216,7 +217,7 @@ fn prepare(links: &Links, name: &str, options: &NetworkOptions) -> Result<Record
             underlay_mtu = underlay_mtu.min(links.way_to(*peer)?.mtu);
         }
     }
-    let mut switch_exists = false;
+    let mut switch = None;
     match &options.kind {
         NetworkKind::Bridge { uplink: Some(uplink) } => {
             underlay_mtu = usable_uplink(&all, uplink)?.mtu;
@@ -228,8 +229,10 @@ fn prepare(links: &Links, name: &str, options: &NetworkOptions) -> Result<Record
             }
         }
         NetworkKind::Ovs { bridge, .. } => {
-            switch_exists = tools::switches()?.contains(bridge);
-            if !switch_exists && all.iter().any(|link| link.name == *bridge) {
+            if tools::switches()?.contains(bridge) {
+                switch = Some(tools::datapath_of(bridge)?);
+            }
+            if switch.is_none() && all.iter().any(|link| link.name == *bridge) {
                 return Err(NetworkError::Taken { what: "interface", name: bridge.clone() });
             }
         }
@@ -246,7 +249,7 @@ fn prepare(links: &Links, name: &str, options: &NetworkOptions) -> Result<Record
         bytes[0] = bytes[0] & 0xfc | 2;
         Mac(bytes)
     };
-    let facts = Facts { underlay_mtu, switch_exists, new_mac: &mut new_mac };
+    let facts = Facts { underlay_mtu, switch, new_mac: &mut new_mac };
     let steps = plan::plan(name, options, facts)?;
     random?;
     for (link, _) in marked(name, &steps) {

@@ -52,8 +52,8 @@ pub struct Link {
     /// What it is.
     #[serde(flatten)]
     pub kind: LinkKind,
-    /// Its Ethernet address, which no other link has: by it a link is known as this network's, also one
-    /// that was made just before its maker was killed.
+    /// Its Ethernet address, which no other link of this host has: by it a link is known as this network's, also
+    /// one that was made just before its maker was killed.
     pub mac: Mac,
     /// Its MTU, bytes.
     pub mtu: u16,
@@ -61,6 +61,9 @@ pub struct Link {
     pub bridge: Option<String>,
     /// Frames do not pass from it to other ports that are isolated: peers reach each other without this host.
     pub isolated: bool,
+    /// Frames leave it with their checksums, in segments that fit, as who reads them in user space expects.
+    #[serde(default)]
+    pub whole: bool,
 }
 
 /// Kinds of links.
@@ -134,8 +137,8 @@ pub struct Switch {
 pub struct Facts<'a> {
     /// MTU of what carries the frames, bytes; of the ways to several peers, the smallest.
     pub underlay_mtu: u32,
-    /// The Open vSwitch bridge is there.
-    pub switch_exists: bool,
+    /// The Open vSwitch bridge is there, with this datapath.
+    pub switch: Option<Datapath>,
     /// Gives addresses that nobody has.
     pub new_mac: &'a mut dyn FnMut() -> Mac,
 }
@@ -144,6 +147,13 @@ pub struct Facts<'a> {
 #[must_use]
 pub fn bridge_name(network: &str) -> String {
     format!("mv-{network}")
+}
+
+/// Ethernet address of a host as the gateway of guests whose addresses it translates: the same on every host,
+/// so that a guest that moves finds its gateway where it knows it. Locally administered.
+fn gateway_mac(address: Ipv4Addr) -> Mac {
+    let [a, b, c, d] = address.octets();
+    Mac([2, 0, a, b, c, d])
 }
 
 /// MTU of a network, bytes.
@@ -185,6 +195,7 @@ pub fn plan(
         mtu,
         bridge: port.then(|| bridge.clone()),
         isolated: false,
+        whole: false,
     };
     let mut steps = Vec::new();
     // What a kernel may lack comes first.
@@ -196,7 +207,12 @@ pub fn plan(
             steps.push(Step::Link(tunnel));
         }
     }
-    steps.push(Step::Link(link(bridge.clone(), LinkKind::Bridge, false)));
+    let made = link(bridge.clone(), LinkKind::Bridge, false);
+    let mac = match (&options.kind, options.address.map(|cidr| cidr.address)) {
+        (NetworkKind::Nat { .. }, Some(IpAddr::V4(address))) => gateway_mac(address),
+        _ => made.mac,
+    };
+    steps.push(Step::Link(Link { mac, ..made }));
     match &options.kind {
         NetworkKind::Bridge { uplink } => {
             let uplinks = uplink
@@ -239,15 +255,16 @@ pub fn plan(
             }
         }
         NetworkKind::Ovs { bridge: switch, vlan, datapath, tunnel } => {
-            let end = link(format!("mp-{name}"), LinkKind::End, false);
+            let whole = facts.switch.unwrap_or(*datapath) == Datapath::Netdev;
+            let end = Link { whole, ..link(format!("mp-{name}"), LinkKind::End, false) };
             let kind = LinkKind::Veth { end: end.name.clone(), end_mac: end.mac };
-            steps.push(Step::Link(link(format!("mo-{name}"), kind, true)));
+            steps.push(Step::Link(Link { whole, ..link(format!("mo-{name}"), kind, true) }));
             let peers = tunnel.iter().flat_map(|(_, ends)| &ends.peers).enumerate();
             let tunnels = peers.map(|(index, peer)| (format!("mt{index}-{name}"), *peer));
             let switch = Switch {
                 owner: name.to_owned(),
                 bridge: switch.clone(),
-                make: (!facts.switch_exists).then_some(*datapath),
+                make: facts.switch.is_none().then_some(*datapath),
                 port: end.name.clone(),
                 vlan: *vlan,
                 tunnels: tunnels.collect(),
@@ -362,7 +379,7 @@ impl Step {
 
 impl fmt::Display for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, kind, mac, mtu, bridge, isolated } = self;
+        let Self { name, kind, mac, mtu, bridge, isolated, whole } = self;
         if !isolated {
             let add = |f: &mut fmt::Formatter<'_>| write!(f, "ip link add {name} address {mac}");
             match kind {
@@ -392,6 +409,9 @@ impl fmt::Display for Link {
         write!(f, " mtu {mtu} up")?;
         if *isolated {
             write!(f, "\nip link set {name} type bridge_slave isolated on")?;
+        }
+        if *whole {
+            write!(f, "\nethtool -K {name} tx off")?;
         }
         Ok(())
     }
@@ -445,12 +465,8 @@ mod tests {
             next += 1;
             Mac([2, 0, 0, 0, 0, next])
         };
-        plan(
-            "0123456789",
-            &options,
-            Facts { underlay_mtu, switch_exists: false, new_mac: &mut new_mac },
-        )
-        .unwrap()
+        plan("0123456789", &options, Facts { underlay_mtu, switch: None, new_mac: &mut new_mac })
+            .unwrap()
     }
 
     fn ends(peers: u8) -> Ends {
@@ -486,6 +502,16 @@ mod tests {
             });
             assert!(ports.flatten().all(|port| port.len() <= 15));
         }
+    }
+
+    #[test]
+    fn a_gateway_has_the_same_address_everywhere() {
+        let bridge = |address| {
+            let steps = plan_of(NetworkKind::Nat { forwards: Vec::new() }, Some(address), 1500);
+            marked("x", &steps)[0].0.mac.to_string()
+        };
+        assert_eq!(bridge("10.1.0.1/24"), "02:00:0a:01:00:01");
+        assert_eq!(bridge("10.1.0.254/24"), "02:00:0a:01:00:fe");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
 use super::plan::{Nat, Switch};
-use super::NetworkError;
+use super::{Datapath, NetworkError};
 
 /// How long ovs-vsctl waits for the daemons, seconds.
 const OVS_PATIENCE: &str = "--timeout=10";
@@ -79,6 +79,13 @@ fn ovs_words(arguments: &[&str]) -> Result<String, NetworkError> {
 /// The Open vSwitch bridges there are.
 pub(super) fn switches() -> Result<Vec<String>, NetworkError> {
     Ok(ovs_words(&["list-br"])?.lines().map(ToOwned::to_owned).collect())
+}
+
+/// The datapath of an Open vSwitch bridge.
+pub(super) fn datapath_of(bridge: &str) -> Result<Datapath, NetworkError> {
+    let said = ovs_words(&["get", "Bridge", bridge, "datapath_type"])?;
+    // It is the kernel's where nothing is said.
+    Ok(if said.trim().trim_matches('"') == "netdev" { Datapath::Netdev } else { Datapath::System })
 }
 
 /// The rows of `table` that say that they are of network `owner`.
