@@ -1,17 +1,20 @@
 //! Network namespaces of tests: taps that nobody else sees, gone with the thread that made them.
 #![allow(unsafe_code)]
 
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
 use std::process::Command;
 
 use rustix::thread::{unshare_unsafe, UnshareFlags};
 
-use crate::PATIENCE;
+use crate::{Need, PATIENCE};
 
 /// Address of the host's side of a [`tap`].
 pub const HOST_ADDRESS: &str = "10.0.0.1";
 /// Address that a guest takes, with the length of the prefix.
 pub const GUEST_ADDRESS: &str = "10.0.0.2/24";
+
+/// Address of everybody on the network of these two.
+pub const EVERYBODY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 255);
 
 /// Runs `work` on a thread whose sockets, and whose child processes, are in a network namespace of
 /// their own. It ends with the last of them.
@@ -90,4 +93,23 @@ pub fn ip(arguments: &[&str]) -> Result<(), String> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(format!("ip {}: {}", arguments.join(" "), said.trim()))
+}
+
+/// What a program prints that succeeds.
+///
+/// # Panics
+/// It does not.
+#[track_caller]
+pub fn said(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A program of the host's, which the package of that name has.
+pub fn program(name: &str, package: &str) -> Need {
+    match Command::new(name).arg("--version").output() {
+        Ok(output) if output.status.success() => Ok(()),
+        _ => Err(format!("needs {name} (package {package})")),
+    }
 }

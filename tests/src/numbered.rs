@@ -1,12 +1,12 @@
 //! A stream of numbered datagrams to a guest's echo service and back: what was lost or came twice.
 
-use std::net::UdpSocket;
+use std::net::{SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::{sleep, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::network::guest;
+use crate::network::{guest, EVERYBODY};
 
 /// Port of beacon's echo.
 const ECHO: u16 = 7;
@@ -45,8 +45,33 @@ impl Numbered {
     /// There is no such network.
     #[must_use]
     pub fn start(per_second: u64) -> Self {
+        Self::to(guest(ECHO), per_second)
+    }
+
+    /// As [`Numbered::start`], to an address that leads to the guest's echo service.
+    ///
+    /// # Panics
+    /// As [`Numbered::start`].
+    #[must_use]
+    pub fn to(address: impl ToSocketAddrs, per_second: u64) -> Self {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        socket.connect(guest(ECHO)).unwrap();
+        socket.connect(address).unwrap();
+        let to = socket.peer_addr().unwrap();
+        Self::stream(socket, to, per_second)
+    }
+
+    /// As [`Numbered::start`], to everybody on the guest's network, of whom the guest alone answers.
+    ///
+    /// # Panics
+    /// As [`Numbered::start`].
+    #[must_use]
+    pub fn to_everybody(per_second: u64) -> Self {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_broadcast(true).unwrap();
+        Self::stream(socket, (EVERYBODY, ECHO).into(), per_second)
+    }
+
+    fn stream(socket: UdpSocket, to: SocketAddr, per_second: u64) -> Self {
         socket.set_read_timeout(Some(SILENCE)).unwrap();
         rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, BUFFER).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
@@ -56,7 +81,7 @@ impl Numbered {
             let mut sent = 0;
             while !halt.load(Ordering::Relaxed) {
                 for number in sent..sent + BURST {
-                    out.send(&number.to_le_bytes()).unwrap();
+                    out.send_to(&number.to_le_bytes(), to).unwrap();
                 }
                 sent += BURST;
                 let next = start + Duration::from_nanos(sent * 1_000_000_000 / per_second);

@@ -5,19 +5,21 @@
 use std::process::{Command, ExitCode};
 
 use serde_json::Value;
-use tests::network::{in_private_network, ip};
+use tests::network::{in_private_network, ip, program, said};
 use tests::{add, finish, network_namespaces, root, Finished, Host, Need, Suite};
 
 #[path = "network/attached.rs"]
 mod attached;
 #[path = "network/declared.rs"]
 mod declared;
+#[path = "network/follow.rs"]
+mod follow;
+#[path = "network/nat.rs"]
+mod nat;
 #[path = "network/refused.rs"]
 mod refused;
 #[path = "network/switch.rs"]
 mod switch;
-#[path = "network/topology.rs"]
-mod topology;
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
@@ -27,24 +29,9 @@ fn main() -> ExitCode {
     refused::add(&mut suite, &needs, &nft);
     switch::add(&mut suite, &needs);
     attached::add(&mut suite, &needs);
-    topology::add(&mut suite, &needs);
+    follow::add(&mut suite, &needs);
+    nat::add(&mut suite, &needs, &nft);
     suite.run()
-}
-
-/// A program of the host's, which the package of that name has.
-fn program(name: &str, package: &str) -> Need {
-    match Command::new(name).arg("--version").output() {
-        Ok(output) if output.status.success() => Ok(()),
-        _ => Err(format!("needs {name} (package {package})")),
-    }
-}
-
-/// What a program prints that succeeds.
-#[track_caller]
-fn said(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// The links of this namespace, with what an operator could have set.

@@ -1,17 +1,11 @@
 //! Networks on Open vSwitch, with daemons of the test's own and its datapath in user space.
 
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
-
-use tests::tied;
+use tests::open_vswitch::OpenVswitch;
 
 use super::*;
 
-const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
-
 pub fn add(suite: &mut Suite, needs: &[&Need]) {
-    let daemons = ["ovsdb-tool", "ovsdb-server", "ovs-vswitchd", "ovs-vsctl"];
-    let there = daemons.iter().try_for_each(|name| program(name, "openvswitch-switch"));
+    let there = OpenVswitch::need();
     let needs: Vec<&Need> = needs.iter().copied().chain([&there]).collect();
     add!(suite, &needs;
         a_bridge_of_open_vswitch_is_made_and_removed,
@@ -20,83 +14,26 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
     );
 }
 
-/// Open vSwitch of one network namespace; ends with it.
-struct Switch {
-    directory: PathBuf,
-    daemons: Vec<Child>,
-}
-
-impl Switch {
-    fn start(host: &Host) -> Self {
-        let directory = host.root().join("ovs");
-        std::fs::create_dir(&directory).unwrap();
-        let mut switch = Self { directory, daemons: Vec::new() };
-        let (database, socket) = (switch.path("conf.db"), switch.path("db.sock"));
-        said(switch.command("ovsdb-tool").args(["create", &database, SCHEMA]));
-        let remote = format!("--remote=punix:{socket}");
-        switch.daemon("ovsdb-server", &[&database, &remote]);
-        // Waits for it.
-        switch.vsctl(&["--retry", "--no-wait", "init"]);
-        switch.daemon("ovs-vswitchd", &[&format!("unix:{socket}"), "--disable-system"]);
-        switch
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.directory.join(name).into_os_string().into_string().unwrap()
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
-        for variable in ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "OVS_SYSCONFDIR"] {
-            command.env(variable, &self.directory);
-        }
-        command
-    }
-
-    fn daemon(&mut self, program: &str, args: &[&str]) {
-        let mut command = self.command(program);
-        command.args(args).arg(format!("--unixctl={}", self.path(&format!("{program}.ctl"))));
-        let mut command = tied(&command);
-        let child =
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        self.daemons.push(child.unwrap());
-    }
-
-    #[track_caller]
-    fn vsctl(&self, args: &[&str]) -> String {
-        said(self.command("ovs-vsctl").arg("--timeout=30").args(args))
-    }
-
-    /// `minivmm network ...` with this Open vSwitch.
-    #[track_caller]
-    fn network(&self, host: &Host, line: &str) -> Finished {
-        let mut command = host.command(&words(line));
-        command.env("OVS_RUNDIR", &self.directory);
-        finish(command, b"")
-    }
-}
-
-impl Drop for Switch {
-    fn drop(&mut self) {
-        for daemon in self.daemons.iter_mut().rev() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
-    }
+/// `minivmm network ...` with this Open vSwitch.
+#[track_caller]
+fn network(switch: &OpenVswitch, host: &Host, line: &str) -> Finished {
+    let mut command = host.command(&words(line));
+    switch.environment(&mut command);
+    finish(command, b"")
 }
 
 fn a_bridge_of_open_vswitch_is_made_and_removed() {
     let test = || {
         underlay();
         let host = Host::new();
-        let switch = Switch::start(&host);
+        let switch = OpenVswitch::start(&host, false);
         // The user-space datapath has an interface of its own, which stays.
         switch.vsctl(&["add-br", "other", "--", "set", "bridge", "other", "datapath_type=netdev"]);
         let before = everything(false);
         let create =
             "create blue --type ovs --datapath netdev --vlan 7 --vni 5001 --local 192.0.2.1 \
                       --peer 192.0.2.2 --peer 192.0.2.3";
-        switch.network(&host, create).ok();
+        network(&switch, &host, create).ok();
         assert_eq!(switch.vsctl(&["list-ports", "ov-blue"]), "mp-blue\nmt0-blue\nmt1-blue\n");
         assert_eq!(switch.vsctl(&["get", "bridge", "ov-blue", "datapath_type"]), "netdev\n");
         assert_eq!(switch.vsctl(&["get", "port", "mp-blue", "tag"]), "7\n");
@@ -104,16 +41,16 @@ fn a_bridge_of_open_vswitch_is_made_and_removed() {
         let options = switch.vsctl(&["get", "interface", "mt1-blue", "type", "options"]);
         assert!(options.contains("vxlan") && options.contains("192.0.2.3"), "{options}");
         assert!(options.contains("key=\"5001\"") && options.contains("192.0.2.1"), "{options}");
-        let shown = switch.network(&host, "show blue --json").ok().to_owned();
+        let shown = network(&switch, &host, "show blue --json").ok().to_owned();
         let shown: Value = serde_json::from_str(&shown).unwrap();
         assert_eq!(
             (&shown["network"]["mtu"], &shown["missing"]),
             (&1450.into(), &Value::Array(vec![]))
         );
         switch.vsctl(&["del-port", "mt0-blue"]);
-        assert!(switch.network(&host, create).ok().contains("is repaired"));
+        assert!(network(&switch, &host, create).ok().contains("is repaired"));
         assert_eq!(switch.vsctl(&["list-ports", "ov-blue"]), "mp-blue\nmt0-blue\nmt1-blue\n");
-        switch.network(&host, "delete blue").ok();
+        network(&switch, &host, "delete blue").ok();
         assert_eq!(switch.vsctl(&["list-br"]), "other\n");
         assert_eq!(everything(false), before);
     };
@@ -123,7 +60,7 @@ fn a_bridge_of_open_vswitch_is_made_and_removed() {
 fn ports_of_a_bridge_that_was_there_come_and_go() {
     let test = || {
         let host = Host::new();
-        let switch = Switch::start(&host);
+        let switch = OpenVswitch::start(&host, false);
         switch.vsctl(&[
             "add-br",
             "br-int",
@@ -134,15 +71,15 @@ fn ports_of_a_bridge_that_was_there_come_and_go() {
             "datapath_type=netdev",
         ]);
         let before = everything(false);
-        switch.network(&host, "create sw --type ovs --bridge br-int").ok();
+        network(&switch, &host, "create sw --type ovs --bridge br-int").ok();
         assert_eq!(switch.vsctl(&["list-ports", "br-int"]), "mp-sw\n");
         assert_eq!(link("mo-sw")["master"], "mv-sw");
-        switch.network(&host, "delete sw").ok();
+        network(&switch, &host, "delete sw").ok();
         assert_eq!(switch.vsctl(&["list-ports", "br-int"]), "");
         assert_eq!(everything(false), before);
         // An interface of that name, but no bridge of Open vSwitch.
         underlay();
-        let taken = switch.network(&host, "create sw --type ovs --bridge under0");
+        let taken = network(&switch, &host, "create sw --type ovs --bridge under0");
         taken.refused(5, &["interface under0 is there already"]);
         assert!(files(&host).is_empty());
     };
