@@ -18,6 +18,8 @@ mod follow;
 mod nat;
 #[path = "network/refused.rs"]
 mod refused;
+#[path = "network/silent.rs"]
+mod silent;
 #[path = "network/switch.rs"]
 mod switch;
 
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     attached::add(&mut suite, &needs);
     follow::add(&mut suite, &needs);
     nat::add(&mut suite, &needs, &nft);
+    silent::add(&mut suite, &needs);
     suite.run()
 }
 
