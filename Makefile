@@ -41,7 +41,7 @@ unit:
 # Also part of `make test`.
 smoke: guest-images
 	$(CARGO) build --locked -p vmm
-	$(CARGO) test --locked -p tests --test smoke
+	$(CARGO) test --locked -p tests --test smoke --test smoke_network
 
 # The distribution's kernel and busybox, downloaded and unpacked; built again when they are newer.
 guest-images:

@@ -18,7 +18,7 @@ cd "$1"
 # them in the lab: KVM and its networks.
 MODULES='button evdev
     virtio_mmio virtio_blk virtio_net virtio_console virtio_balloon virtio-rng ext4 crc32c_generic
-    kvm-amd kvm-intel tun veth bridge vxlan ip_gre'
+    kvm-amd kvm-intel tun veth bridge vxlan ip_gre openvswitch vport-vxlan'
 
 depends() { apt-cache show --no-all-versions "$1" | sed -n 's/^Depends: \([^ ,]*\).*/\1/p'; }
 kernel=$(depends linux-image-cloud-amd64)

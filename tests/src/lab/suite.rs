@@ -26,6 +26,10 @@ type Outcome = Result<(), String>;
 pub struct LabSuite {
     /// Programs of this machine that the tests use.
     pub programs: &'static [&'static str],
+    /// Kernel modules that they need in the lab, beside those of every lab.
+    pub modules: &'static [&'static str],
+    /// Files of this machine that they need in the lab, at the same paths.
+    pub files: &'static [&'static str],
     /// The tests.
     pub tests: &'static Tests,
 }
@@ -113,7 +117,8 @@ impl InLab {
             self.filter.iter().map(|a| format!("'{}'", a.replace('\'', r"'\''"))).collect();
         let script =
             format!("tests --format json --test-threads 1 {} >/dev/ttyS1", quoted.join(" "));
-        let lab = Lab::with_minivmm(&script)?.limit(LIMIT);
+        let lab = Lab::with_minivmm(&script)?.limit(LIMIT).modules(self.suite.modules);
+        let lab = self.suite.files.iter().fold(lab, |lab, path| lab.file(path, path));
         self.suite.programs.iter().try_fold(lab, |lab, name| lab.program(name))
     }
 }

@@ -19,6 +19,8 @@ use tests::lab::{run_suite, LabSuite};
 
 const SUITE: LabSuite = LabSuite {
     programs: &["e2fsck", "ip", "mkfs.ext4"],
+    modules: &[],
+    files: &[],
     tests: &[
         ("a_bzimage_boots_and_the_power_button_ends_it", boot::bzimage),
         ("a_vmlinux_boots_by_pvh_with_random_numbers_and_a_balloon", boot::pvh_rng_balloon),
