@@ -3,7 +3,7 @@
 CARGO ?= cargo
 BEACON = --manifest-path guest-images/beacon/Cargo.toml
 
-.PHONY: help demo test check unit smoke lab guest-images bench bench-linux bench-migration bench-postcopy fuzz soak build clean
+.PHONY: help demo test check unit smoke lab guest-images bench bench-linux bench-migration bench-postcopy bench-network fuzz soak build clean
 
 help:
 	@echo 'make demo   build, boot the built-in guest, move it live to another process, verified, and on by post-copy'
@@ -13,6 +13,7 @@ help:
 	@echo 'make bench  start-up, memory, exits, save and restore, beside QEMU where it has the like'
 	@echo 'make bench-migration   live migration beside QEMU, with targets, half an hour; ARGS=--quick for a look'
 	@echo 'make bench-postcopy   post-copy beside QEMU, with targets, half an hour; ARGS=--quick for a look'
+	@echo 'make bench-network   traffic of a guest that moves, beside QEMU, with targets, an hour; ARGS=--quick for a look'
 	@echo 'make fuzz   the fuzz targets of devices, engine and VMM, FUZZ_SECONDS (60) each; needs cargo-fuzz'
 	@echo 'make soak   every fault in every phase of a migration, then 50 moves of one VM with faults on the way; half an hour'
 	@echo 'make build  the release binary, target/release/minivmm'
@@ -74,6 +75,10 @@ bench-postcopy: build
 # ARGS='--quick' for a look; ARGS=--help for what there is.
 bench-migration: build
 	$(CARGO) run --release --locked --quiet -p tests --bin bench-migration -- $(ARGS)
+
+# ARGS='--quick' for a look; ARGS=--help for what there is.
+bench-network: build
+	$(CARGO) run --release --locked --quiet -p tests --bin bench-network -- $(ARGS)
 
 # SOAK_SEED=... makes the choices of another run again; SOAK_MOVES=500; ARGS=--help for what there is. Not the release
 # profile: its assertions are wanted, and what a process says when it fails.

@@ -59,6 +59,8 @@ pub struct Setup {
     pub disk: Option<PathBuf>,
     /// The tap of its network card.
     pub tap: Option<&'static str>,
+    /// The card's address; the VMM's own choice where there is none.
+    pub mac: Option<&'static str>,
 }
 
 /// Where everything is.
@@ -129,7 +131,8 @@ impl Tools {
                     command.args(["--disk", &disk]);
                 }
                 if let Some(tap) = setup.tap {
-                    command.args(["--net", &format!("id=net,tap={tap}")]);
+                    let mac = setup.mac.map(|mac| format!(",mac={mac}")).unwrap_or_default();
+                    command.args(["--net", &format!("id=net,tap={tap}{mac}")]);
                 }
                 Guest::start(command, Wiring::Console)
             }
@@ -216,10 +219,12 @@ impl Tools {
                 .args(["-device", "virtio-blk-device,drive=disk"]);
         }
         if let Some(tap) = setup.tap {
+            let mac = setup.mac.map(|mac| format!(",mac={mac}")).unwrap_or_default();
             command
                 .arg("-netdev")
                 .arg(format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off"))
-                .args(["-device", "virtio-net-device,netdev=net"]);
+                .arg("-device")
+                .arg(format!("virtio-net-device,netdev=net{mac}"));
         }
         if vmm != Vmm::QemuFirmware {
             command.arg("-bios").arg(file("rom.bin"));

@@ -32,8 +32,13 @@ pub fn block(bench: &Bench) -> Result<Vec<Row>> {
     for virtio in ["irq", "poll"] {
         let cmdline =
             format!("virtio={virtio} disk=bench disk-ms=20 disk-ws={DISK_MIB} ws=2 report=0");
-        let setup =
-            Setup { memory_mib: 256, cpus: 1, cmdline, disk: Some(disk.to_owned()), tap: None };
+        let setup = Setup {
+            memory_mib: 256,
+            cpus: 1,
+            cmdline,
+            disk: Some(disk.to_owned()),
+            ..Setup::default()
+        };
         let vmms = [Vmm::Minivmm, Vmm::QemuRom, Vmm::QemuUring];
         let quantities = LOADS.len() * OPERATIONS.len();
         let figures = alternate(bench, &vmms, bench.runs(), quantities, |vmm| {

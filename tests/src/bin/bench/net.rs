@@ -59,7 +59,7 @@ fn rows() -> Vec<Row> {
 
 fn measure(bench: &Bench) -> Result<Vec<Row>> {
     let cmdline = format!("virtio=irq ip={GUEST_ADDRESS} ws=2 report=0");
-    let setup = Setup { memory_mib: 256, cpus: 1, cmdline, disk: None, tap: Some(TAP) };
+    let setup = Setup { memory_mib: 256, cpus: 1, cmdline, tap: Some(TAP), ..Setup::default() };
     let (trips, bulk) = if bench.quick { (300, 16) } else { (2000, 256) };
     let figures =
         alternate(bench, &[Vmm::Minivmm, Vmm::QemuRom], bench.runs(), QUANTITIES, |vmm| {
