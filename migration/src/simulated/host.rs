@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::address::Gfn;
 use crate::identity::MigrationId;
 use crate::snapshot::Blob;
 use crate::vm::{DestinationHost, DestinationVm, Offer};
@@ -23,6 +24,7 @@ struct State {
     check: Vec<String>,
     prepare: Vec<String>,
     failures: Vec<(Operation, usize)>,
+    load_page: Option<Gfn>,
 }
 
 impl SimulatedHost {
@@ -44,6 +46,11 @@ impl SimulatedHost {
     /// VMs made from now on fail so often.
     pub fn fail(&self, operation: Operation, times: usize) {
         self.state().failures.push((operation, times));
+    }
+
+    /// Loading the state of VMs made from now on reads this page.
+    pub fn set_load_page(&self, gfn: Gfn) {
+        self.state().load_page = Some(gfn);
     }
 
     /// The VM that was made last, unless it was discarded.
@@ -90,6 +97,9 @@ impl DestinationHost for SimulatedHost {
         }
         for (operation, times) in &state.failures {
             vm.fail(*operation, *times);
+        }
+        if let Some(gfn) = state.load_page {
+            vm.set_load_page(gfn);
         }
         state.vm = Some(Arc::clone(&vm));
         Ok(vm)

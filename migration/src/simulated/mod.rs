@@ -111,6 +111,8 @@ struct Inner {
     owns_disks: bool,
     /// Written when the state is taken, as KVM writes its clocks.
     clock_page: Option<Gfn>,
+    /// Read when the state is loaded.
+    load_page: Option<Gfn>,
     /// Written again as soon as it is cleared.
     eager: Option<Gfn>,
 }
@@ -149,6 +151,7 @@ impl SimulatedVm {
             throttles: Vec::new(),
             owns_disks: true,
             clock_page: None,
+            load_page: None,
             eager: None,
         };
         Ok(Self { layout, regions, inner: Mutex::new(inner), cards: frames::Cards::default() })
@@ -229,6 +232,11 @@ impl SimulatedVm {
     /// Taking the state will write to this page.
     pub fn set_clock_page(&self, gfn: Gfn) {
         self.inner().clock_page = Some(gfn);
+    }
+
+    /// Loading the state will read this page.
+    pub fn set_load_page(&self, gfn: Gfn) {
+        self.inner().load_page = Some(gfn);
     }
 
     /// Whether writes are tracked.
@@ -401,6 +409,10 @@ impl VmState for SimulatedVm {
 
     fn load_sections(&self, sections: &[Section]) -> Result<(), VmError> {
         self.try_operation(Operation::Load)?;
+        let load_page = self.inner().load_page;
+        if let Some(gfn) = load_page {
+            self.read_page(gfn)?;
+        }
         self.set_sections(sections.to_vec());
         Ok(())
     }

@@ -1,14 +1,15 @@
 //! Memory that follows its guest.
 
-use std::sync::Arc;
+use std::sync::{mpsc, Arc};
 use std::thread;
+use std::time::Duration;
 
 use migration::destination::Arrival;
 use migration::prepaging::Prepaging;
 use migration::report::Outcome;
-use migration::simulated::{Cut, SimulatedVm};
+use migration::simulated::{Cut, Operation, SimulatedVm};
 use migration::source::{Limits, PostcopyOptions, PostcopyReport, SourceControl, SourceOptions};
-use migration::{Gfn, GuestMemory, Mode};
+use migration::{Gfn, GuestMemory, Mode, PAGE_BYTES};
 
 use super::common::*;
 
@@ -25,7 +26,7 @@ fn hybrid(connections: u16, rounds: Option<u32>) -> SourceOptions {
         mode: Mode::Hybrid,
         postcopy: PostcopyOptions { rounds, ..PostcopyOptions::default() },
         // Nothing converges to that, unless nothing is written at all.
-        downtime: std::time::Duration::ZERO,
+        downtime: Duration::ZERO,
         limits: Limits { dirty_pages: 0, ..Limits::default() },
         ..options(connections)
     }
@@ -244,5 +245,59 @@ fn requests_that_were_lost_are_made_again() {
         });
         assert_eq!(assert_complete(&outcome).interruptions, 1);
         world.assert_moved();
+    }
+}
+
+/// What `job` gives; whatever hangs would take longer.
+#[track_caller]
+fn in_time<T: Send + 'static>(job: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, outcome) = mpsc::channel();
+    thread::spawn(move || done.send(job()));
+    outcome.recv_timeout(Duration::from_secs(60)).expect("it hangs")
+}
+
+/// Loading the state waits for a page that does not come any more. The guest has not run there: it goes on at the
+/// source, and moves the next time.
+#[test]
+fn state_that_waits_for_a_page_is_given_up_with_the_connection() {
+    /// Main, one for pages, one for requests.
+    const REQUESTS: usize = 2;
+    let options = postcopy(1, false, Prepaging::Off);
+    let world = || {
+        let world = World::new();
+        world.host.set_load_page(Gfn(6));
+        world
+    };
+    // What goes over it as long as only loading asks for anything: the guest does not come to run.
+    let traffic = in_time(move || {
+        let world = world();
+        world.host.fail(Operation::CheckOwnership, 1);
+        world.migrate(&options);
+        world.assert_back();
+        world.network.traffic()
+    });
+    let (sent, received) = traffic[REQUESTS];
+    assert!(sent > PAGE_BYTES as u64, "the page was asked for: {traffic:?}");
+    // The last byte of the request is lost, or of its answer.
+    for (bytes, outgoing) in [(received - 1, false), (sent - 1, true)] {
+        in_time(move || {
+            let world = world();
+            world.network.cut(Some(Cut { connection: REQUESTS, bytes, outgoing, for_good: false }));
+            let outcome = world.migrate(&options);
+            let here = matches!(outcome.report.outcome, Outcome::RunningHere { .. });
+            assert!(here, "{:?}", outcome.report);
+            let not_here = matches!(outcome.arrival.outcome, Arrival::NotHere { .. });
+            assert!(not_here, "{:?}", outcome.arrival);
+            world.assert_back();
+            world.network.cut(None);
+            let outcome = thread::scope(|scope| {
+                let guest = scope.spawn(|| read_all(&running(&world)));
+                let outcome = world.migrate(&options);
+                guest.join().unwrap();
+                outcome
+            });
+            assert_complete(&outcome);
+            world.assert_moved();
+        });
     }
 }
