@@ -208,6 +208,10 @@ fn memory_that_is_not_possible() {
     }
     let end = host.cli(&["run", "--hugepages", "--memory", "17M"]);
     end.refused(2, &["multiple of 2 MiB", "18 MiB", "--hugepages"]);
+    let end = host.cli(&["run", "--hugepages", "1G", "--memory", "1G"]);
+    end.refused(2, &["huge pages of 1 GiB", "post-copy", "2 MiB"]);
+    let end = host.cli(&["run", "--hugepages=some"]);
+    end.refused(2, &["\"some\"", "--hugepages=2M"]);
 }
 
 fn vcpus_that_are_not_possible() {

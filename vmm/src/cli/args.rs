@@ -7,9 +7,9 @@ use clap::{Args, Parser, Subcommand};
 use super::migrate_args::{MigrateArgs, MigrateSetArgs, MigrationArgs, ReceiveArgs, ResolveArgs};
 use super::network::NetworkArgs;
 use crate::config::{
-    parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_size, BalloonConfig,
-    ConfigError, ConsoleConfig, DiskConfig, LogConfig, MigrationOptions, NetOptions, OnReboot,
-    ProcessSettings, Replacement, RestoreSettings, RunOptions, SandboxMode,
+    parse_cmdline, parse_cpu, parse_cpus, parse_hugepages, parse_id, parse_name, parse_size,
+    BalloonConfig, ConfigError, ConsoleConfig, DiskConfig, LogConfig, MigrationOptions, NetOptions,
+    OnReboot, ProcessSettings, Replacement, RestoreSettings, RunOptions, SandboxMode,
 };
 use crate::runtime_dir::INCOMING;
 
@@ -181,8 +181,8 @@ pub(super) struct RunArgs {
     /// Guest memory: 512M, 1G, 64MiB or bytes; at least 16M [default: 256M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
-    /// Back the memory with 2 MiB pages of hugetlbfs
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    /// Back the memory with 2 MiB pages of hugetlbfs (the same as 2M; other sizes are refused)
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL|2M", value_parser = parse_hugepages)]
     hugepages: Option<bool>,
     /// Number of vCPUs, 1 to 64 [default: 1]
     #[arg(long, value_name = "N", value_parser = parse_cpus, allow_negative_numbers = true)]
@@ -477,6 +477,7 @@ mod tests {
     fn a_flag_can_switch_off_what_the_file_switched_on() {
         assert_eq!(run_options("--paused=false").paused, Some(false));
         assert_eq!(run_options("--hugepages=false").hugepages, Some(false));
+        assert_eq!(run_options("--hugepages 2M").hugepages, Some(true));
     }
 
     #[test]

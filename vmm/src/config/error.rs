@@ -52,6 +52,16 @@ pub enum ConfigError {
     /// Not whole huge pages.
     #[error("memory of {} with huge pages is not a multiple of 2 MiB: use {}, or leave out --hugepages", format_size(*.0), format_size(.0.next_multiple_of(2 << 20)))]
     MemoryHugeAlignment(u64),
+    /// Huge pages of another size than the one that there is.
+    #[error(
+        "huge pages of {} are not possible: use --hugepages, which means 2 MiB; with pages of 1 GiB a guest that is \
+         migrated by post-copy would wait for 1 GiB whenever it touches one that is missing",
+        format_size(*.0)
+    )]
+    HugePageSize(u64),
+    /// Neither a switch nor a size.
+    #[error("{0:?} is not a setting of huge pages: use --hugepages or --hugepages=2M for pages of 2 MiB, --hugepages=false for none")]
+    HugePages(String),
 
     /// Not a number of vCPUs.
     #[error("{0} vCPUs are not possible: use 1 to {MAX_CPUS}")]

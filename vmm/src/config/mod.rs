@@ -30,7 +30,8 @@ pub use size::{format_size, parse_size};
 pub use validate::HostLimits;
 pub(crate) use value::saved_as_text;
 pub use value::{
-    parse_cmdline, parse_cpu, parse_cpus, parse_id, parse_name, parse_path, LogConfig, SandboxMode,
+    parse_cmdline, parse_cpu, parse_cpus, parse_hugepages, parse_id, parse_name, parse_path,
+    LogConfig, SandboxMode,
 };
 
 /// Longest name of a VM, characters.

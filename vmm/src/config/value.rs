@@ -7,8 +7,11 @@ use std::str::FromStr;
 use tracing_subscriber::EnvFilter;
 
 use crate::cpu::CpuSpec;
+use crate::memory::HUGE_PAGE_SIZE;
 
-use super::{ConfigError, ConsoleConfig, OnReboot, MAX_CMDLINE, MAX_CPUS, MAX_ID, MAX_NAME};
+use super::{
+    parse_size, ConfigError, ConsoleConfig, OnReboot, MAX_CMDLINE, MAX_CPUS, MAX_ID, MAX_NAME,
+};
 
 /// Has a value saved as the text that it is read from (`#[serde(into = "String", try_from = "String")]`).
 macro_rules! saved_as_text {
@@ -51,6 +54,19 @@ pub fn parse_name(name: &str) -> Result<String, ConfigError> {
         return Err(ConfigError::NameStart(name.to_owned(), first));
     }
     Ok(name.to_owned())
+}
+
+/// Reads whether memory is in huge pages: `true`, `false`, or their size, of which there is one.
+///
+/// # Errors
+/// Another size, or neither.
+pub fn parse_hugepages(text: &str) -> Result<bool, ConfigError> {
+    match (text, parse_size(text)) {
+        ("true", _) | (_, Ok(HUGE_PAGE_SIZE)) => Ok(true),
+        ("false", _) => Ok(false),
+        (_, Ok(size)) => Err(ConfigError::HugePageSize(size)),
+        (_, Err(_)) => Err(ConfigError::HugePages(text.to_owned())),
+    }
 }
 
 /// Checks the name of a disk or network card: as that of a VM, but no longer than the id that a
