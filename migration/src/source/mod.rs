@@ -46,7 +46,7 @@ use crate::vm::{Mode, SourceVm};
 
 pub(crate) use late::LONGEST as LONGEST_LATE;
 pub use late::{LateOptions, LateReport};
-pub use postcopy::{PostcopyOptions, PostcopyReport};
+pub use postcopy::{FaultReport, PostcopyOptions, PostcopyReport};
 pub use predict::{Limits, OnStall};
 pub use resolve::{ask_verdict, AskError};
 

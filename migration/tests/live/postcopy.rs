@@ -50,6 +50,12 @@ fn assert_complete(outcome: &super::common::Outcome) -> PostcopyReport {
         "{there:?}"
     );
     assert_eq!(there.latency.count(), there.requests);
+    let faults = postcopy.faults.expect("what the figures tell of faults");
+    let asked = faults.network_share * postcopy.missing_pages as f64;
+    assert!((asked - there.requests as f64).abs() < 0.5, "{postcopy:?}");
+    assert_eq!(faults.overtaken_pages, there.requests - there.demand_pages);
+    assert_eq!(faults.push_avoided_at_most, there.pushed_pages - faults.overtaken_pages);
+    assert_eq!(faults.prepaging_avoided_at_most, there.prepaged_pages);
     postcopy
 }
 

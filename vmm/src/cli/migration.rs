@@ -246,12 +246,13 @@ fn postcopy_text(postcopy: &Value) -> String {
     if postcopy.is_null() {
         return String::new();
     }
-    let there = &postcopy["destination"];
+    let (there, faults) = (&postcopy["destination"], &postcopy["faults"]);
     let latency = &there["latency"];
     let us = |value: &Value| format!("{:.0} us", number(value) / 1e3);
     let mut lines = format!(
         "  then {} pages followed in {}: {} asked for, {} with those, {} pushed; {} made there\n\
-         \x20 page faults over the network: {}, half of them within {}, 99 % within {}; connections lost: {}\n",
+         \x20 page faults over the network: {}, half of them within {}, 99 % within {}; connections lost: {}\n\
+         \x20 asked for: {:.1} % of these pages; faults avoided: at most {} by push, {} by pre-paging\n",
         postcopy["missing_pages"],
         ms(&there["drain_us"]),
         there["demand_pages"],
@@ -262,6 +263,9 @@ fn postcopy_text(postcopy: &Value) -> String {
         us(&latency["p50_ns"]),
         us(&latency["p99_ns"]),
         postcopy["interruptions"],
+        number(&faults["network_share"]) * 100.0,
+        faults["push_avoided_at_most"],
+        faults["prepaging_avoided_at_most"],
     );
     if let Some(why) = postcopy["incomplete"].as_str() {
         lines = format!("  a part of its memory did not follow: {why}\n");

@@ -14,7 +14,7 @@ use crate::source::engine::{unexpected, Engine, Failure, Waited};
 use crate::source::peer::{read_continued, Message};
 use crate::source::postcopy::demand;
 use crate::source::postcopy::outflow::Outflow;
-use crate::source::postcopy::PostcopyReport;
+use crate::source::postcopy::{FaultReport, PostcopyReport};
 use crate::source::sender::{Pass, Shared, Work};
 use crate::stream::session::{Done, Echo, Hello, Recover, Switch};
 use crate::stream::{RecordType, StreamError, StreamKind};
@@ -78,6 +78,7 @@ impl Engine<'_, '_, '_> {
             retract: self.retracted,
             interruptions: 0,
             incomplete: None,
+            faults: None,
             destination: None,
         });
         let first = vm.first_pages(sections);
@@ -184,7 +185,10 @@ impl Engine<'_, '_, '_> {
             tracing::debug!(?failure, "DONE was not sent");
         }
         self.cpu_destination = Some(cpu);
+        let unit = self.around.vm.unit_pages();
         if let Some(postcopy) = &mut self.postcopy {
+            let (missing, first) = (postcopy.missing_pages, postcopy.first_pages);
+            postcopy.faults = Some(FaultReport::new(missing, first, unit, &report));
             postcopy.destination = Some(report);
         }
     }

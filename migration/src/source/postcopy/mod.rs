@@ -11,6 +11,7 @@
 
 pub(super) mod demand;
 pub(super) mod drain;
+pub(super) mod faults;
 pub(super) mod frozen;
 pub(super) mod outflow;
 
@@ -23,6 +24,8 @@ use crate::destination::DrainReport;
 use crate::prepaging::Prepaging;
 use crate::stream::{RecordReader, RecordWriter};
 use crate::transport::{Stream, Transport};
+
+pub use faults::FaultReport;
 
 /// How memory follows its guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +65,8 @@ pub struct PostcopyReport {
     pub interruptions: u64,
     /// Why the destination does not have all of its memory, if so.
     pub incomplete: Option<String>,
+    /// What the destination's figures tell of faults, once all memory is there.
+    pub faults: Option<FaultReport>,
     /// The destination's figures.
     pub destination: Option<DrainReport>,
 }
