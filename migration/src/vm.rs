@@ -326,6 +326,14 @@ pub trait DestinationVm: DestinationMemory + VmState {
         let _ = draining;
     }
 
+    /// The guest, which runs here, needs memory that may never come: its vCPUs are to stand, as far as they can be stopped,
+    /// or to go on. False when that cannot be done now, and is to be tried again. Must not wait, neither for the guest nor
+    /// for who waits for its memory.
+    fn freeze(&self, frozen: bool) -> bool {
+        let _ = frozen;
+        true
+    }
+
     /// Whether the disks could be owned if the source gave them up now: the last check before the
     /// source may commit.
     ///

@@ -16,6 +16,12 @@ const BUSY: &str = "ws=16 dirty=4000 pattern=random report=250 pace=0";
 /// Push that does not come far; what is asked for is answered all the same.
 const SLOW: [&str; 4] = ["--mode", "postcopy", "--bandwidth", "64K"];
 
+/// A guest that uses more than comes before anybody can look.
+const WIDE: &str = "ws=48 dirty=2000 pattern=random report=250 pace=0";
+/// [`SLOW`], with nothing that goes with what is asked for, and an impatience that can be waited for.
+const STARVED: [&str; 8] =
+    ["--mode", "postcopy", "--bandwidth", "64K", "--prepaging", "off", "--dead-after", "1s"];
+
 fn main() -> ExitCode {
     let mut suite = Suite::default();
     add!(suite, &[&kvm(), &userfaultfd()];
@@ -30,6 +36,7 @@ fn main() -> ExitCode {
         an_operator_recovers_over_another_address,
         a_guest_that_ends_while_it_drains_ends_both,
         a_dead_source_is_told_and_the_vm_can_be_ended,
+        a_guest_that_stands_goes_on_with_its_source,
         a_dead_destination_is_told_and_given_up_by_an_operator,
         what_cannot_be_is_refused,
     );
@@ -355,17 +362,83 @@ fn a_guest_that_ends_while_it_drains_ends_both() {
 
 fn a_dead_source_is_told_and_the_vm_can_be_ended() {
     let (a, b) = (Host::new(), Host::new());
-    let source = a.run(BUSY, &[]).ready();
+    let source = a.run(WIDE, &["--cpus", "2"]).ready();
     let (mut destination, to) = b.receive(&[]);
-    let slow = draining(&a, &b, &to);
+    let slow = Migrating::start(&a, &to, &STARVED);
+    until(|| current(&b)["phase"] == "draining");
     source.kill_9();
     assert_ne!(slow.end().code, Some(0));
     until(|| current(&b)["interrupted"] == true);
     let now = current(&b);
-    assert!(number(&now, "missing_pages") > 0 && now["note"].as_str().is_some(), "{now}");
-    assert_eq!(b.json(&["info", "vm"])["status"], "running");
-    let _ = b.cli(&["kill", "vm"]);
+    let missing = number(&now, "missing_pages");
+    assert!(missing > 0 && now["note"].as_str().is_some(), "{now}");
+    let info = b.json(&["info", "vm"]);
+    assert_eq!(
+        (&info["status"], &info["draining"]["connected"]),
+        (&"running".into(), &false.into())
+    );
+    let (runs, listed) = missing_runs(&info);
+    match runs > 32 {
+        true => assert!(listed < missing * 4096, "{info}"),
+        false => assert_eq!(listed, missing * 4096, "{info}"),
+    }
+    // It needs one of them, and the other vCPU does not go on without it.
+    until(|| b.json(&["info", "vm"])["draining"]["frozen"] == true);
+    let exits = || {
+        let stats = b.json(&["stats", "vm"]);
+        let vcpus = stats["vcpus"].as_array().unwrap().iter();
+        vcpus.map(|vcpu| number(vcpu, "exits")).collect::<Vec<_>>()
+    };
+    let before = exits();
+    for _ in 0..20 {
+        b.json(&["info", "vm"]);
+    }
+    assert_eq!(exits(), before, "it stands");
+    let text = b.ok(&["info", "vm"]);
+    assert!(text.contains("memory missing") && text.contains("stands until it comes"), "{text}");
+    assert!(b.cli(&["kill", "vm"]).code.is_some());
     destination.end();
+    let journal = b.json(&["migration"]);
+    let entry = &journal[0];
+    assert_eq!(
+        (&entry["verdict"], number(entry, "missing_pages")),
+        (&"running-here".into(), missing)
+    );
+    assert!(b.ok(&["migration"]).contains(&format!("without {missing} pages")));
+    assert!(destination.log().contains("memory does not come any more"), "{}", destination.log());
+}
+
+/// Runs of missing pages, and the bytes of those that are listed.
+#[track_caller]
+fn missing_runs(info: &Value) -> (u64, u64) {
+    let missing = &info["draining"]["missing"];
+    let first = missing["first"].as_array().unwrap();
+    let runs = number(missing, "runs");
+    assert_eq!(first.len() as u64, runs.min(32), "{info}");
+    (runs, first.iter().map(|run| number(run, "bytes")).sum())
+}
+
+fn a_guest_that_stands_goes_on_with_its_source() {
+    let (a, b) = (Host::new(), Host::new());
+    let mut source = a.run(WIDE, &["--cpus", "2"]).ready();
+    let before = source.report();
+    let (mut destination, to) = b.receive(&[]);
+    let proxy = Proxy::to(&to);
+    let migrating = Migrating::start(&a, &proxy.address(), &STARVED);
+    until(|| current(&b)["phase"] == "draining");
+    proxy.close_door(true);
+    proxy.cut(On::Main, Cut::Reset);
+    until(|| b.json(&["info", "vm"])["draining"]["frozen"] == true);
+    assert!(!b.json(&["migration"])[0]["missing_pages"].is_null());
+    proxy.close_door(false);
+    a.ok(&["migrate", "vm", "--recover"]);
+    a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
+    assert_eq!(migrating.end().code, Some(0));
+    source.ends_well();
+    destination.goes_on_after_pauses(1, &before);
+    destination.verify();
+    assert!(b.json(&["info", "vm"])["draining"].is_null());
+    assert!(b.json(&["migration"])[0]["missing_pages"].is_null());
 }
 
 fn a_dead_destination_is_told_and_given_up_by_an_operator() {

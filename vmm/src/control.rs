@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use migration::destination::Draining;
 use migration::prepaging::Prepaging;
 use migration::source::OnStall;
 use serde::{Deserialize, Serialize};
@@ -51,6 +52,8 @@ pub struct VmInfo {
     pub config: VmConfig,
     /// Where the console can be reached: a pty path or a Unix socket, if it has one.
     pub console_path: Option<PathBuf>,
+    /// Memory that is still on the host that the VM came from, if there is any.
+    pub draining: Option<Draining>,
 }
 
 /// Answer to `stats`: counters since the VM was started, and gauges.

@@ -180,6 +180,7 @@ impl Control for VmHandle {
             uptime_ms: u64::try_from(millis).unwrap_or(u64::MAX),
             config: self.machine.config().clone(),
             console_path: lock(&self.console_path).clone(),
+            draining: self.draining().map(|(_, drain)| drain),
         }
     }
 
@@ -290,6 +291,8 @@ impl Control for VmHandle {
                 "phase": "draining",
                 "interrupted": !drain.connected,
                 "missing_pages": drain.missing_pages,
+                "missing": drain.missing,
+                "frozen": drain.frozen,
                 "note": drain.note,
                 "progress": null,
             });

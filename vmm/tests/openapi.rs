@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use migration::destination::Draining;
 use serde::Serialize;
 use serde_json::{json, Value};
 use vmm::api::{
@@ -98,8 +99,12 @@ fn the_fields_are_the_same() {
         uptime_ms: 0,
         config: config(),
         console_path: None,
+        draining: None,
     };
     same_fields("VmInfo", info, &[]);
+    let draining =
+        Draining { connected: true, missing_pages: 0, missing: None, frozen: false, note: None };
+    same_fields("Draining", draining, &[]);
     same_fields("VmConfig", config(), &[]);
     same_fields("DiskConfig", config().disks[0].clone(), &[]);
     same_fields("NetConfig", config().nets[0].clone(), &[]);

@@ -26,13 +26,14 @@ mod session;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{mpsc, Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::handover::{Cause, DestinationPhase, Owner};
 use crate::identity::MigrationId;
@@ -138,14 +139,64 @@ pub struct Arriving {
 }
 
 /// How far memory is that follows its guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Draining {
     /// Whether there is a connection to the source.
     pub connected: bool,
     /// Pages that are missing.
     pub missing_pages: u64,
+    /// Where they are, while there is no connection.
+    pub missing: Option<MissingRanges>,
+    /// The guest needs one of them, and its vCPUs stand until it comes.
+    pub frozen: bool,
     /// Why there is no connection, for a person.
     pub note: Option<String>,
+}
+
+/// Guest memory that is missing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingRanges {
+    /// In so many runs.
+    pub runs: u64,
+    /// The first of them, at most [`MissingRanges::MOST`].
+    pub first: Vec<MissingRange>,
+}
+
+/// A run of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingRange {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length, bytes.
+    pub bytes: u64,
+}
+
+impl MissingRanges {
+    /// Runs that are told one by one.
+    pub const MOST: usize = 32;
+
+    fn of(pages: &PageSet) -> Self {
+        let mut found = Self { runs: 0, first: Vec::new() };
+        for run in pages.runs() {
+            found.runs += 1;
+            if found.first.len() < Self::MOST {
+                found.first.push(MissingRange { gpa: run.gpa().0, bytes: run.bytes() });
+            }
+        }
+        found
+    }
+}
+
+impl fmt::Display for MissingRanges {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, MissingRange { gpa, bytes }) in self.first.iter().enumerate() {
+            write!(f, "{}{gpa:#x}+{bytes:#x}", if at > 0 { ", " } else { "" })?;
+        }
+        match self.runs.saturating_sub(self.first.len() as u64) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
 }
 
 /// Steers an incoming migration from other threads.

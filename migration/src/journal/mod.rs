@@ -86,6 +86,10 @@ pub struct Entry {
     pub pid: u32,
     /// When it was written, seconds since 1970.
     pub updated: u64,
+    /// Destination, after the VM came: pages that were still at the source when the guest needed one and could not have it,
+    /// or ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_pages: Option<u64>,
 }
 
 /// Why the journal could not be read or written.
@@ -373,6 +377,7 @@ impl Entry {
             token: String::new(),
             pid: std::process::id(),
             updated: now(),
+            missing_pages: None,
         }
     }
 
@@ -505,6 +510,13 @@ impl DestinationEntry {
     pub(crate) fn source_handed_over(&self) -> bool {
         let entry = self.journal.entry(self.id, Side::Source);
         entry.is_ok_and(|entry| entry.is_some_and(|e| e.state == EntryState::HandedOver))
+    }
+
+    /// Notes how many pages are missing, or that none is.
+    pub(crate) fn set_missing(&mut self, pages: Option<u64>) -> Result<(), JournalError> {
+        self.entry.missing_pages = pages;
+        let path = self.journal.path(self.id, "destination");
+        self.journal.replace(&path, &self.entry.renewed())
     }
 
     pub(crate) fn unresolved(&mut self) -> Result<(), JournalError> {

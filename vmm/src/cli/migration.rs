@@ -296,7 +296,11 @@ pub(super) fn migration(args: &MigrationArgs) -> Done {
                 let note = info.current["note"]
                     .as_str()
                     .map_or_else(String::new, |n| format!("; postcopy-paused: {n}"));
-                format!("the guest runs here; {pages} pages are still there{note}")
+                let stands = match info.current["frozen"].as_bool() {
+                    Some(true) => "; it needs one of them, and stands until it comes",
+                    _ => "",
+                };
+                format!("the guest runs here; {pages} pages are still there{note}{stands}")
             }
         };
         let progress = progress_text(&info).unwrap_or(phase);
@@ -330,6 +334,9 @@ fn journal(args: &MigrationArgs) -> Done {
             .iter()
             .map(|key| text(&entry[key]))
             .collect();
+        if let Some(pages) = entry["missing_pages"].as_u64() {
+            row[4] += &format!(", without {pages} pages");
+        }
         row.push(timestamp(since));
         rows.push(row);
     }
@@ -354,6 +361,7 @@ fn entries_json(entries: &[migration::journal::Entry]) -> Result<Vec<Value>, Cli
             "verdict": verdict,
             "pid": entry.pid,
             "updated_unix_s": entry.updated,
+            "missing_pages": entry.missing_pages,
         }));
     }
     Ok(all)

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ::migration::destination::Draining;
 use serde::Serialize;
 use serde_json::json;
 
@@ -220,10 +221,25 @@ fn info_text(info: &VmInfo) -> String {
         (config.balloon.is_some_and(|b| b.deflate_on_oom), "balloon (deflates on out-of-memory)"),
         (config.virtio_console, "virtio console"),
     ];
+    if let Some(drain) = &info.draining {
+        pairs.push(("memory missing", missing_text(drain)));
+    }
     pairs.extend(
         others.iter().filter(|(there, _)| *there).map(|(_, name)| ("device", (*name).to_owned())),
     );
     fields(&pairs)
+}
+
+/// What is still on the host that the VM came from.
+fn missing_text(drain: &Draining) -> String {
+    let mut text = format!("{} pages, at the host that it came from", drain.missing_pages);
+    if let Some(missing) = &drain.missing {
+        text += &format!("; no connection; {} runs: {missing}", missing.runs);
+    }
+    if drain.frozen {
+        text += "; the guest needs one of them and stands until it comes";
+    }
+    text
 }
 
 fn disk_text(disk: &DiskConfig) -> String {

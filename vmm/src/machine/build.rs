@@ -127,6 +127,7 @@ impl MachineBuilder<'_> {
             operator_paused: AtomicBool::new(false),
             arrives_paused: AtomicBool::new(false),
             draining: AtomicBool::new(false),
+            frozen: AtomicBool::new(false),
             events: self.events,
             pauses: AtomicU64::new(0),
             reboots: AtomicU64::new(0),

@@ -2,6 +2,7 @@
 //! comes, and started.
 
 use std::sync::atomic::Ordering;
+use std::sync::TryLockError;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use serde_json::json;
 
 use super::{lock, Machine, MachineError};
 use crate::control::VmStatus;
+use crate::gate::Target;
 
 /// How long a request of the guest is waited for before looking again.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
@@ -169,6 +171,26 @@ impl DestinationVm for Machine {
     fn set_draining(&self, draining: bool) {
         self.draining.store(draining, Ordering::Release);
         self.virtio.hold_balloon(draining);
+    }
+
+    fn freeze(&self, frozen: bool) -> bool {
+        let _life = match self.life.try_lock() {
+            Ok(life) => life,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Who holds it may wait for memory, or for a vCPU that does.
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        self.frozen.store(frozen, Ordering::Release);
+        self.events.push(if frozen { "frozen" } else { "thawed" }, serde_json::Value::Null);
+        if self.status() == VmStatus::Running {
+            if frozen {
+                self.context.gate.set(Target::Park);
+                self.kick();
+            } else {
+                self.let_run();
+            }
+        }
+        true
     }
 
     fn late_frame(&self, card: u16, bytes: &[u8]) -> Result<(), VmError> {

@@ -157,6 +157,8 @@ pub struct Machine {
     arrives_paused: AtomicBool,
     /// A part of its memory is still at the source.
     draining: AtomicBool,
+    /// See [`DestinationVm::freeze`](migration::DestinationVm::freeze).
+    frozen: AtomicBool,
     events: EventLog,
     pauses: AtomicU64,
     reboots: AtomicU64,
@@ -256,9 +258,11 @@ impl Machine {
         stopped
     }
 
-    /// Opens the gate, unless a request of the guest waits: who serves it opens it, or ends the VM.
+    /// Opens the gate, unless a request of the guest waits: who serves it opens it, or ends the VM. A guest that is frozen
+    /// stands until it is not.
     fn let_run(&self) {
-        if !self.context.requested.load(Ordering::SeqCst) {
+        let frozen = self.frozen.load(Ordering::Acquire);
+        if !frozen && !self.context.requested.load(Ordering::SeqCst) {
             self.context.gate.set(Target::Run);
         }
     }

@@ -104,6 +104,7 @@ impl Control for FakeVm {
             uptime_ms: 61_000,
             config: self.config.clone(),
             console_path: self.console_path.clone(),
+            draining: None,
         }
     }
 

@@ -15,7 +15,7 @@ use crate::destination::postcopy::faults::{self, Requests, StopFaults};
 use crate::destination::postcopy::receivers::bring_all;
 use crate::destination::postcopy::DrainReport;
 use crate::destination::session::Session;
-use crate::destination::{Draining, Input};
+use crate::destination::{Draining, Input, MissingRanges};
 use crate::handover::Cause;
 use crate::link::MainLink;
 use crate::page_set::PageSet;
@@ -47,6 +47,10 @@ pub(in crate::destination) struct Drain<'scope> {
     started: Instant,
     took: Option<Duration>,
     interruptions: u64,
+    /// Where the missing pages are, while there is no connection.
+    ranges: Option<MissingRanges>,
+    /// The guest's vCPUs stand because one of them is needed.
+    frozen: bool,
 }
 
 impl Drain<'_> {
@@ -120,6 +124,8 @@ impl Session<'_, '_, '_> {
             started: Instant::now(),
             took: None,
             interruptions: 0,
+            ranges: None,
+            frozen: false,
         });
         let pages = std::mem::take(&mut self.synced);
         self.connect_drain(pages)
@@ -209,7 +215,8 @@ impl Session<'_, '_, '_> {
         } else {
             self.interrupted("the connection was lost before the guest ran");
         }
-        while arrivals.left() > 0 {
+        while arrivals.left() > 0 || self.is_frozen() {
+            self.freeze_or_thaw(connected || arrivals.left() == 0);
             self.tell_draining(connected, None);
             match self.next(Instant::now() + INTERVAL) {
                 Some(Input::Lost { generation, text, .. })
@@ -251,6 +258,37 @@ impl Session<'_, '_, '_> {
             }
         }
         self.complete_drain();
+    }
+
+    fn is_frozen(&self) -> bool {
+        self.drain.as_ref().is_some_and(|drain| drain.frozen)
+    }
+
+    /// A guest that needs a page from a source that may be gone stands: a part of it would go on beside who waits. It goes
+    /// on with the source, which may come back. Tried again where the VM is busy otherwise.
+    fn freeze_or_thaw(&mut self, connected: bool) {
+        let (Some(drain), Some(vm)) = (&mut self.drain, &self.vm) else { return };
+        let waits = |since: Instant| drain.frozen || since.elapsed() > self.offer.dead;
+        let freeze = !connected && drain.arrivals.oldest().is_some_and(waits);
+        if freeze == drain.frozen || !vm.freeze(freeze) {
+            return;
+        }
+        drain.frozen = freeze;
+        let missing = drain.arrivals.left();
+        match freeze {
+            true => tracing::warn!(
+                missing,
+                "the guest needs a page that is at the source, and stands until it comes"
+            ),
+            false => tracing::info!("the guest goes on"),
+        }
+        self.journal_missing(freeze.then_some(missing));
+    }
+
+    fn journal_missing(&mut self, pages: Option<u64>) {
+        if let Some(Err(error)) = self.entry.as_mut().map(|entry| entry.set_missing(pages)) {
+            tracing::warn!(%error, "the journal does not say what is missing");
+        }
     }
 
     /// All pages are in.
@@ -318,6 +356,8 @@ impl Session<'_, '_, '_> {
         }
         if let Some(drain) = &self.drain {
             drain.stop.stop();
+            let missing = drain.arrivals.left();
+            self.journal_missing(Some(missing));
         }
         self.reasons.push(why.to_owned());
         // Who loses another connection first would not know why.
@@ -347,11 +387,19 @@ impl Session<'_, '_, '_> {
 
     /// The migration pauses, not the guest: it goes on with what is here until it needs more.
     fn interrupted(&mut self, why: &str) {
-        tracing::warn!(why, "memory does not come any more; waiting for the source");
         self.disconnect();
         self.generation += 1;
         if let Some(drain) = &mut self.drain {
             drain.interruptions += 1;
+            let missing = drain.arrivals.missing();
+            let ranges = MissingRanges::of(&missing);
+            tracing::warn!(
+                why,
+                pages = missing.count(),
+                %ranges,
+                "memory does not come any more; waiting for the source"
+            );
+            drain.ranges = Some(ranges);
         }
         self.expect_guests(0, true);
         self.tell_draining(false, Some(why.to_owned()));
@@ -434,6 +482,12 @@ impl Session<'_, '_, '_> {
         let before = state.drain.take();
         // Why there is no connection stays true until there is one.
         let note = note.or(before.and_then(|before| before.note)).filter(|_| !connected);
-        state.drain = Some(Draining { connected, missing_pages: drain.arrivals.left(), note });
+        state.drain = Some(Draining {
+            connected,
+            missing_pages: drain.arrivals.left(),
+            missing: drain.ranges.clone().filter(|_| !connected),
+            frozen: drain.frozen,
+            note,
+        });
     }
 }
