@@ -271,6 +271,7 @@ fn a_vm_that_drains_is_left_alone() {
     b.json(&["stats", "vm"]);
     let (_elsewhere, there) = c.receive(&[]);
     let file = b.file("saved");
+    assert_eq!(a.cli(&["save", "vm", &file, "--incomplete"]).code, Some(5), "it follows");
     for args in [&["migrate", "vm", "--to", &there][..], &["save", "vm", &file]] {
         let refused = b.cli(args);
         assert_eq!(refused.code, Some(5), "{refused:#?}");
@@ -451,6 +452,18 @@ fn a_dead_destination_is_told_and_given_up_by_an_operator() {
     let refused = a.cli(&["resume", "vm"]);
     assert_eq!(refused.code, Some(5), "{refused:#?}");
     assert!(refused.stderr.contains("memory is only here"), "{refused:#?}");
+    // What is here is memory, no VM.
+    let file = a.file("remains");
+    let refused = a.cli(&["save", "vm", &file]);
+    assert_eq!(refused.code, Some(5), "{refused:#?}");
+    assert!(refused.stderr.contains("--incomplete"), "{refused:#?}");
+    assert!(current(&a)["progress"]["note"].as_str().unwrap().contains("it is lost"));
+    let saved = a.json(&["save", "vm", &file, "--incomplete"]);
+    assert!(number(&saved, "pages") >= 4096, "the working set is in it: {saved}");
+    let refused = a.cli(&["restore", &file]);
+    assert_eq!(refused.code, Some(1), "{refused:#?}");
+    assert!(refused.stderr.contains("no VM but memory that one left behind"), "{refused:#?}");
+    assert_eq!(current(&a)["interrupted"], true, "it is kept all the same");
     let pid = rustix::process::Pid::from_raw(source.pid() as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert_eq!(slow.end().code, Some(8));

@@ -291,6 +291,9 @@ pub trait Control: Send + Sync {
     /// Saves the whole VM to `path`. A running VM is paused for it and goes on afterwards,
     /// unless `then_stop`. Written under a temporary name, renamed when complete.
     fn save(&self, path: PathBuf, then_stop: bool) -> Result<SaveReport, ControlError>;
+    /// Saves to `path` what a VM left behind that has moved by post-copy, while it cannot follow: memory alone, as
+    /// it was then.
+    fn save_incomplete(&self, path: PathBuf) -> Result<SaveReport, ControlError>;
     /// Sets the memory that the balloon is to take from the guest, bytes: whole pages of 4 KiB.
     fn set_balloon(&self, bytes: u64) -> Result<(), ControlError>;
     /// Plugs the cable of network card `id` in or out.

@@ -115,8 +115,17 @@ pub(crate) fn media_of(blobs: Vec<Blob>) -> Result<BootMedia, SaveError> {
     Ok(BootMedia { kernel: kernel.ok_or(SaveError::NoKernel)?, initrd })
 }
 
+/// What is written of a machine that stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    Whole,
+    /// Memory alone, of a VM that has moved.
+    Remains,
+}
+
 /// Writes a machine that stands to a temporary file beside `path`; `commit` gives it its name.
-pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveError> {
+pub fn write(machine: &Machine, path: &Path, extent: Extent) -> Result<PendingSnapshot, SaveError> {
     let (record, config) = records(machine)?;
     let mut media = MediaReaders::new(machine.media());
     let source = SnapshotSource {
@@ -130,7 +139,10 @@ pub fn write(machine: &Machine, path: &Path) -> Result<PendingSnapshot, SaveErro
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),
     };
-    Ok(PendingSnapshot::write(path, source, &mut progress)?)
+    Ok(match extent {
+        Extent::Whole => PendingSnapshot::write(path, source, &mut progress)?,
+        Extent::Remains => PendingSnapshot::write_remains(path, source, &mut progress)?,
+    })
 }
 
 /// A saved machine, checked, whose memory is still in the file.

@@ -130,7 +130,9 @@ impl VmHandle {
             Some(SourcePhase::HandedOver) if self.outgoing.is_interrupted() => {
                 Err(ControlError::Conflict(
                     "the VM runs on the other host, and a part of its memory is only here: make the connection \
-                     work again; to give that memory up for good, end this process with SIGTERM"
+                     work again. If it is gone there, it is lost: what is here is its memory as it was when it moved, \
+                     no VM; `minivmm save NAME FILE --incomplete` writes that. To give it up for good, end this process \
+                     with SIGTERM"
                         .to_owned(),
                 ))
             }
@@ -255,6 +257,30 @@ impl Control for VmHandle {
         if then_stop {
             self.machine.kill();
         }
+        Ok(report)
+    }
+
+    fn save_incomplete(&self, path: PathBuf) -> Result<SaveReport, ControlError> {
+        let left_behind = self.outgoing.phase() == Some(SourcePhase::HandedOver);
+        if !left_behind || !self.outgoing.is_interrupted() {
+            return Err(ControlError::Conflict(
+                "nothing of the VM was left behind here by post-copy without a way to follow: save it without \
+                 --incomplete, on the host that it runs on"
+                    .to_owned(),
+            ));
+        }
+        let begin = Instant::now();
+        let summary = self.machine.save_remains(&path)?;
+        let report = SaveReport {
+            path,
+            file_bytes: summary.file_bytes,
+            pages: summary.data_pages,
+            zero_pages: summary.zero_pages,
+            absent_pages: summary.absent_pages,
+            paused_ms: 0.0,
+            total_ms: begin.elapsed().as_secs_f64() * 1e3,
+        };
+        self.machine.events().push("saved-incomplete", json!(report));
         Ok(report)
     }
 

@@ -59,13 +59,23 @@ fn the_client_can_ask_everything() {
     assert_eq!(client.command("pause").unwrap(), VmStatus::Paused);
     assert_eq!(client.command("resume").unwrap(), VmStatus::Running);
     client.command("reset").unwrap();
-    let save = SaveRequest { path: "/tmp/x".into(), then_stop: true };
+    let save = SaveRequest { path: "/tmp/x".into(), then_stop: true, incomplete: false };
+    assert_eq!(client.save(&save).unwrap().pages, 7);
+    let save = SaveRequest { path: "/tmp/y".into(), then_stop: false, incomplete: true };
     assert_eq!(client.save(&save).unwrap().pages, 7);
     assert_eq!(client.command("power-button").unwrap(), VmStatus::Stopped);
     client.command("kill").unwrap();
     assert_eq!(
         served.vm.calls(),
-        ["pause", "resume", "reset", "save /tmp/x true", "power-button", "kill"]
+        [
+            "pause",
+            "resume",
+            "reset",
+            "save /tmp/x true",
+            "save-incomplete /tmp/y",
+            "power-button",
+            "kill"
+        ]
     );
 }
 
@@ -292,7 +302,11 @@ fn info_answers_while_commands_take_their_time() {
             let socket = served.socket.clone();
             std::thread::spawn(move || {
                 let path = format!("/tmp/{i}").into();
-                Client::new(&socket).unwrap().save(&SaveRequest { path, then_stop: false })
+                Client::new(&socket).unwrap().save(&SaveRequest {
+                    path,
+                    then_stop: false,
+                    incomplete: false,
+                })
             })
         })
         .collect();

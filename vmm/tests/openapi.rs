@@ -118,8 +118,8 @@ fn the_fields_are_the_same() {
     let event = Event { seq: 1, unix_ms: 0, kind: String::new(), detail: json!({}) };
     same_fields("Event", event, &["detail"]);
     same_fields("StatusReply", StatusReply { status }, &[]);
-    let request = SaveRequest { path: "/".into(), then_stop: false };
-    same_fields("SaveRequest", request, &["then_stop"]);
+    let request = SaveRequest { path: "/".into(), then_stop: false, incomplete: false };
+    same_fields("SaveRequest", request, &["then_stop", "incomplete"]);
     let optional = [
         "mode",
         "downtime_us",

@@ -71,6 +71,13 @@ pub enum SnapshotError {
         /// What is wrong with it, and where.
         error: StreamError,
     },
+    /// A file of [`PendingSnapshot::write_remains`].
+    #[error(
+        "{} is no VM but memory that one left behind when it moved to another host, as it was then: there is no state of \
+         vCPUs and devices that it could go on with, and the VM went on without it",
+        .0.display()
+    )]
+    Remains(PathBuf),
     /// The VM did not give what is to be saved.
     #[error("the VM cannot be saved: {0}")]
     Vm(#[from] VmError),

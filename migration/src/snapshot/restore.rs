@@ -63,7 +63,7 @@ impl SnapshotReader<File> {
     /// Opens a snapshot and reads it up to the layout.
     ///
     /// # Errors
-    /// [`SnapshotError::File`], [`SnapshotError::NotAFile`], [`SnapshotError::Restore`].
+    /// [`SnapshotError::File`], [`SnapshotError::NotAFile`], [`SnapshotError::Remains`], [`SnapshotError::Restore`].
     pub fn open(path: &Path) -> Result<(SnapshotHeader, Self), SnapshotError> {
         // Opening a pipe or a device could block or have effects.
         let metadata = fs::metadata(path).map_err(|error| failed("open", path, error))?;
@@ -79,13 +79,18 @@ impl<R: Read> SnapshotReader<R> {
     /// As [`SnapshotReader::open`], from any stream of bytes; `path` is for messages.
     ///
     /// # Errors
-    /// [`SnapshotError::Restore`].
+    /// [`SnapshotError::Remains`], [`SnapshotError::Restore`].
     pub fn from_stream(stream: R, path: &Path) -> Result<(SnapshotHeader, Self), SnapshotError> {
         let path = path.to_owned();
         match read_header(stream) {
             Ok((header, records)) => {
                 let layout = header.layout.clone();
                 Ok((header, Self { records, layout, path }))
+            }
+            Err(StreamError { problem: Problem::WrongKind { found, .. }, .. })
+                if found == StreamKind::Remains as u8 =>
+            {
+                Err(SnapshotError::Remains(path))
             }
             Err(error) => Err(SnapshotError::Restore { path, error }),
         }

@@ -85,19 +85,33 @@ impl PendingSnapshot {
         source: SnapshotSource<'_>,
         progress: &mut dyn FnMut(SaveProgress) -> ControlFlow<()>,
     ) -> Result<Self, SnapshotError> {
-        Self::write_through(path, source, progress, |file| file)
+        Self::write_through(path, StreamKind::Snapshot, source, progress, |file| file)
+    }
+
+    /// As [`PendingSnapshot::write`], of a VM that runs elsewhere since: memory alone. The file is of another kind than a
+    /// snapshot, and cannot be restored. The state is not even taken, since that may write to memory.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_remains(
+        path: &Path,
+        source: SnapshotSource<'_>,
+        progress: &mut dyn FnMut(SaveProgress) -> ControlFlow<()>,
+    ) -> Result<Self, SnapshotError> {
+        Self::write_through(path, StreamKind::Remains, source, progress, |file| file)
     }
 
     /// [`PendingSnapshot::write`] through an adapter of the file, which tests use to make it fail.
     pub(super) fn write_through<W: Write>(
         path: &Path,
+        kind: StreamKind,
         source: SnapshotSource<'_>,
         progress: &mut dyn FnMut(SaveProgress) -> ControlFlow<()>,
         adapter: impl FnOnce(File) -> W,
     ) -> Result<Self, SnapshotError> {
         let file = AtomicFile::create(path)?;
         let output = file.file().try_clone().map_err(|error| failed("write", path, error))?;
-        let summary = write_snapshot(adapter(output), source, progress)
+        let summary = write_snapshot(adapter(output), kind, source, progress)
             .map_err(|stop| stop.at(file.target()))?;
         Ok(Self { file, summary })
     }
@@ -153,15 +167,19 @@ fn content(what: String) -> Stop {
 
 pub(super) fn write_snapshot<W: Write>(
     output: W,
+    kind: StreamKind,
     source: SnapshotSource<'_>,
     progress: &mut dyn FnMut(SaveProgress) -> ControlFlow<()>,
 ) -> Result<SaveSummary, Stop> {
     // Before memory is read: taking the state may write to it.
-    let sections = source.state.save_sections()?;
+    let sections = match kind {
+        StreamKind::Remains => Vec::new(),
+        _ => source.state.save_sections()?,
+    };
     check_sections(&sections)?;
     let populated = source.memory.populated()?;
 
-    let mut writer = RecordWriter::new(output, StreamKind::Snapshot)?;
+    let mut writer = RecordWriter::new(output, kind)?;
     write_control(&mut writer, RecordType::Machine, source.machine.encode())?;
     write_control(&mut writer, RecordType::Config, source.config.encode())?;
     let mut kinds = Vec::new();

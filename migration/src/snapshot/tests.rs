@@ -13,7 +13,7 @@ use crate::page_set::PageSet;
 use crate::simulated::SimulatedVm;
 use crate::snapshot::save::write_snapshot;
 use crate::snapshot::{BlobSource, SnapshotError, SnapshotHeader, SnapshotReader, SnapshotSource};
-use crate::stream::{BlobKind, Config, Machine};
+use crate::stream::{BlobKind, Config, Machine, StreamKind};
 use crate::vm::{GuestMemory, Section};
 
 /// Two regions that touch and one beyond a hole.
@@ -67,7 +67,10 @@ fn save_with_blobs(vm: &SimulatedVm, blobs: &[(BlobKind, &[u8])]) -> Vec<u8> {
         .map(|(kind, data)| BlobSource { kind: *kind, length: data.len() as u64, reader: data })
         .collect();
     let mut bytes = Vec::new();
-    write_snapshot(&mut bytes, source(vm, blobs), &mut |_| ControlFlow::Continue(())).unwrap();
+    write_snapshot(&mut bytes, StreamKind::Snapshot, source(vm, blobs), &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap();
     bytes
 }
 

@@ -31,6 +31,8 @@ pub(crate) const MAX_UNKNOWN_BYTES: u64 = 16 << 20;
 pub enum StreamKind {
     /// A VM saved to a file.
     Snapshot = b'S',
+    /// Memory in a file that a VM left behind when it moved: no VM.
+    Remains = b'L',
     /// A migration's main connection.
     Migration = b'M',
     /// A migration's connection for pages.
@@ -46,9 +48,17 @@ pub enum StreamKind {
 impl StreamKind {
     /// The kind of this byte, if it is known.
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Snapshot, Self::Migration, Self::Pages, Self::Query, Self::Requests, Self::Continue]
-            .into_iter()
-            .find(|kind| *kind as u8 == byte)
+        [
+            Self::Snapshot,
+            Self::Remains,
+            Self::Migration,
+            Self::Pages,
+            Self::Query,
+            Self::Requests,
+            Self::Continue,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == byte)
     }
 }
 

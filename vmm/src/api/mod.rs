@@ -38,6 +38,9 @@ pub struct SaveRequest {
     /// End the VM when it is saved, instead of letting it go on.
     #[serde(default)]
     pub then_stop: bool,
+    /// Of a VM that has moved by post-copy and lost its new host: write the memory that is here, which is no VM.
+    #[serde(default)]
+    pub incomplete: bool,
 }
 
 /// Body of `PUT /v1/vm/balloon`.

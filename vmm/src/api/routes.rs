@@ -184,13 +184,22 @@ async fn migrate_cancel(State(shared): State<Shared>) -> Reply<StatusReply> {
 
 /// Goes on when the client is gone: half a saved file would be worse than an unwanted one.
 async fn save(State(shared): State<Shared>, request: Request) -> Reply<SaveReport> {
-    let SaveRequest { path, then_stop } = read_json(request, &shared.limits).await?;
+    let SaveRequest { path, then_stop, incomplete } = read_json(request, &shared.limits).await?;
     if !path.is_absolute() {
         let message = format!("the path {} is not absolute: begin it with /", path.display());
         return Err(ApiError::bad_request(message));
     }
+    if then_stop && incomplete {
+        return Err(ApiError::bad_request(
+            "then_stop and incomplete exclude one another".to_owned(),
+        ));
+    }
     let permit = command_permit(&shared).await?;
-    let report = blocking(&shared, permit, move |control| control.save(path, then_stop)).await?;
+    let report = blocking(&shared, permit, move |control| match incomplete {
+        true => control.save_incomplete(path),
+        false => control.save(path, then_stop),
+    });
+    let report = report.await?;
     Ok(Json(report?))
 }
 

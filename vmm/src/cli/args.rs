@@ -323,6 +323,12 @@ pub(super) struct SaveArgs {
     /// End the VM when it is saved
     #[arg(long)]
     pub(super) stop: bool,
+    /// Of a VM that has moved by post-copy and whose new host is gone: write the memory that is still here
+    ///
+    /// It is the memory as it was when the guest moved, without vCPUs and devices: for looking into it, not for going on.
+    /// `restore` refuses it.
+    #[arg(long, conflicts_with = "stop")]
+    pub(super) incomplete: bool,
     #[command(flatten)]
     pub(super) output: Output,
 }

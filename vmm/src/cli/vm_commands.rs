@@ -305,7 +305,8 @@ fn stats_text(stats: &VmStats) -> String {
 fn save(args: &SaveArgs) -> Done {
     let path = std::path::absolute(&args.file)
         .map_err(|e| ConfigError::Absolute { path: args.file.clone(), why: e.to_string() })?;
-    let report = client(&args.name)?.save(&SaveRequest { path, then_stop: args.stop })?;
+    let request = SaveRequest { path, then_stop: args.stop, incomplete: args.incomplete };
+    let report = client(&args.name)?.save(&request)?;
     let mut out = io::stdout().lock();
     if args.output.json {
         print_json(&mut out, &report)?;
@@ -313,6 +314,16 @@ fn save(args: &SaveArgs) -> Done {
     }
     let SaveReport { path, file_bytes, pages, zero_pages, absent_pages, paused_ms, total_ms } =
         report;
+    if args.incomplete {
+        writeln!(
+            out,
+            "{}: memory as it was when the VM moved, which is no VM, written to {}: {file_bytes} bytes, {pages} pages",
+            args.name,
+            path.display(),
+        )?;
+        out.flush()?;
+        return Ok(Exit::Ok);
+    }
     writeln!(
         out,
         "{}: saved to {}: {file_bytes} bytes, {pages} pages ({zero_pages} zero and {absent_pages} \

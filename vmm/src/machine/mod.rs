@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use devices::virtio::mmio::QuiesceError;
 use devices::{AcpiPm, Serial, I8042};
+use migration::snapshot::SaveSummary;
 use migration::MemoryLayout;
 use serde_json::json;
 
@@ -29,7 +30,7 @@ use crate::gate::Target;
 use crate::identity::IdentityV1;
 use crate::kvm::{KvmError, VmKvm};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
-use crate::snapshot::SaveError;
+use crate::snapshot::{Extent, SaveError};
 use crate::throttle::Throttle;
 use crate::vcpu::{GuestRequest, Vcpu, VcpuContext};
 use crate::virtio::{VirtioError, VirtioSet};
@@ -373,7 +374,7 @@ impl Machine {
         &self,
         path: &Path,
         stay_paused: bool,
-    ) -> Result<(migration::snapshot::SaveSummary, Duration), MachineError> {
+    ) -> Result<(SaveSummary, Duration), MachineError> {
         let mut life = Some(lock(&self.life));
         self.check_alive()?;
         self.check_not_held()?;
@@ -391,7 +392,7 @@ impl Machine {
             }
             return Err(MachineError::Busy);
         }
-        let written = crate::snapshot::write(self, path);
+        let written = crate::snapshot::write(self, path, Extent::Whole);
         let failed = written.is_err();
         // A VM that was not saved goes on, whatever was to become of it afterwards.
         if was_running && (failed || !stay_paused) {
@@ -410,6 +411,14 @@ impl Machine {
             self.resume_held()?;
         }
         Ok((committed.map_err(Box::new)?, paused))
+    }
+
+    /// Writes the memory of a VM that runs elsewhere since, as it was when it moved.
+    pub fn save_remains(&self, path: &Path) -> Result<SaveSummary, MachineError> {
+        let _life = lock(&self.life);
+        self.check_alive()?;
+        let written = crate::snapshot::write(self, path, Extent::Remains);
+        Ok(written.and_then(|pending| Ok(pending.commit()?)).map_err(Box::new)?)
     }
 
     /// Everything is in place: from now on the machine can be resumed.

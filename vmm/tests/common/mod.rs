@@ -156,6 +156,11 @@ impl Control for FakeVm {
         Ok(SaveReport { path, pages: 7, ..Default::default() })
     }
 
+    fn save_incomplete(&self, path: PathBuf) -> Result<SaveReport, ControlError> {
+        self.note(format!("save-incomplete {}", path.display()));
+        Ok(SaveReport { path, pages: 7, ..Default::default() })
+    }
+
     fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
         self.note(format!("balloon {bytes}"));
         Ok(())

@@ -6,7 +6,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
+use crate::simulated::Operation;
 use crate::snapshot::PendingSnapshot;
+use crate::vm::VmState;
 
 fn go_on(_: crate::snapshot::SaveProgress) -> ControlFlow<()> {
     ControlFlow::Continue(())
@@ -75,22 +77,28 @@ fn a_full_disk_keeps_the_old_file_and_leaves_no_other() {
     };
     for room in (0..size).step_by(13).chain([size - 1]) {
         let room_left = Cell::new(room);
-        let error =
-            PendingSnapshot::write_through(&path, source(&vm, Vec::new()), &mut go_on, |file| {
-                FullDisk { file, room: &room_left }
-            })
-            .unwrap_err();
+        let error = PendingSnapshot::write_through(
+            &path,
+            StreamKind::Snapshot,
+            source(&vm, Vec::new()),
+            &mut go_on,
+            |file| FullDisk { file, room: &room_left },
+        )
+        .unwrap_err();
         assert!(matches!(error, SnapshotError::Save { .. }), "{error}");
         assert!(error.to_string().contains("untouched"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"the old one");
         assert_eq!(names(directory.path()), ["vm.snap"], "with room for {room} bytes");
     }
     let room_left = Cell::new(size);
-    let pending =
-        PendingSnapshot::write_through(&path, source(&vm, Vec::new()), &mut go_on, |file| {
-            FullDisk { file, room: &room_left }
-        })
-        .unwrap();
+    let pending = PendingSnapshot::write_through(
+        &path,
+        StreamKind::Snapshot,
+        source(&vm, Vec::new()),
+        &mut go_on,
+        |file| FullDisk { file, room: &room_left },
+    )
+    .unwrap();
     pending.commit().unwrap();
     assert_eq!(fs::metadata(&path).unwrap().len(), size as u64);
 }
@@ -121,4 +129,18 @@ fn only_regular_files_are_replaced_or_read() {
     let error = PendingSnapshot::write(&nowhere, source(&vm, Vec::new()), &mut go_on).unwrap_err();
     assert!(error.to_string().contains("no/such/directory"), "{error}");
     assert!(SnapshotReader::open(&nowhere).is_err());
+}
+
+/// Taking the state would write to memory that others still need as it is.
+#[test]
+fn what_was_left_behind_is_memory_alone_and_no_snapshot() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("remains");
+    let vm = small_vm();
+    vm.fail(Operation::Save, 1);
+    let pending = PendingSnapshot::write_remains(&path, source(&vm, Vec::new()), &mut go_on);
+    assert!(pending.unwrap().commit().unwrap().data_pages > 0);
+    let refused = SnapshotReader::open(&path).err().unwrap();
+    assert!(matches!(&refused, SnapshotError::Remains(at) if *at == path), "{refused}");
+    assert!(vm.save_sections().is_err(), "it was not asked before");
 }

@@ -49,14 +49,17 @@ fn a_blob_shorter_than_announced_or_doubled_is_refused() {
     let mut data = &b"short"[..];
     let blobs = vec![BlobSource { kind: BlobKind::Kernel, length: 6, reader: &mut data }];
     let mut go_on = |_| ControlFlow::Continue(());
-    let error = write_snapshot(&mut Vec::new(), source(&vm, blobs), &mut go_on).unwrap_err();
+    let error =
+        write_snapshot(&mut Vec::new(), StreamKind::Snapshot, source(&vm, blobs), &mut go_on)
+            .unwrap_err();
     assert!(error.at(Path::new("f")).to_string().contains("cannot read Kernel"));
     let (mut one, mut two) = (&b"1"[..], &b"2"[..]);
     let blobs = vec![
         BlobSource { kind: BlobKind::Kernel, length: 1, reader: &mut one },
         BlobSource { kind: BlobKind::Kernel, length: 1, reader: &mut two },
     ];
-    assert!(write_snapshot(&mut Vec::new(), source(&vm, blobs), &mut go_on).is_err());
+    assert!(write_snapshot(&mut Vec::new(), StreamKind::Snapshot, source(&vm, blobs), &mut go_on)
+        .is_err());
 }
 
 #[test]
@@ -91,10 +94,15 @@ fn only_populated_pages_that_hold_something_cost_room() {
     }
     let mut bytes = Vec::new();
     let mut last = None;
-    let summary = write_snapshot(&mut bytes, source(&vm, Vec::new()), &mut |progress| {
-        last = Some(progress);
-        ControlFlow::Continue(())
-    })
+    let summary = write_snapshot(
+        &mut bytes,
+        StreamKind::Snapshot,
+        source(&vm, Vec::new()),
+        &mut |progress| {
+            last = Some(progress);
+            ControlFlow::Continue(())
+        },
+    )
     .unwrap();
     assert_eq!((summary.data_pages, summary.zero_pages), (300, 300));
     assert_eq!(summary.absent_pages, (16 << 18) - 600);
@@ -197,7 +205,8 @@ fn what_taking_the_state_stores_is_in_the_snapshot() {
     let state = StoresWhenSaved(&vm);
     let source = SnapshotSource { state: &state, ..source(&vm, Vec::new()) };
     let mut bytes = Vec::new();
-    write_snapshot(&mut bytes, source, &mut |_| ControlFlow::Continue(())).unwrap();
+    write_snapshot(&mut bytes, StreamKind::Snapshot, source, &mut |_| ControlFlow::Continue(()))
+        .unwrap();
     let destination = empty_vm();
     restore_into(&bytes, &destination).unwrap();
     assert_same_memory(&vm, &destination);
@@ -220,7 +229,8 @@ fn states_that_a_reader_would_refuse_are_not_written() {
     ] {
         vm.set_sections(sections);
         let mut go_on = |_| ControlFlow::Continue(());
-        write_snapshot(&mut Vec::new(), source(&vm, Vec::new()), &mut go_on).unwrap_err();
+        write_snapshot(&mut Vec::new(), StreamKind::Snapshot, source(&vm, Vec::new()), &mut go_on)
+            .unwrap_err();
     }
     vm.set_sections((0..4096).map(|instance| section(instance, 3)).collect());
     assert_eq!(restore(&save(&vm)).unwrap().1.len(), 4096);

@@ -212,7 +212,9 @@ impl Engine<'_, '_, '_> {
     fn pause_drain(&mut self, why: &str) {
         tracing::warn!(why, "memory does not go out any more");
         self.around.control.state().interrupted = true;
-        self.tell(Some(format!("postcopy-paused: {why}; trying again")));
+        self.tell(Some(format!(
+            "postcopy-paused: {why}; trying again; if the VM is gone there, it is lost"
+        )));
     }
 
     fn disconnect(&mut self) {
