@@ -23,9 +23,10 @@ use crate::stream::{
     StreamError, StreamKind,
 };
 use crate::transport::Connector;
-use crate::vm::{GuestMemory, Section};
+use crate::vm::{GuestMemory, Mode, Section};
 
 mod frames;
+mod postcopy;
 
 const ID: [u8; 16] = [0x11; 16];
 
@@ -88,10 +89,14 @@ impl Wire {
 
     /// A main connection up to ACCEPT.
     fn accepted(network: &LocalNetwork, verify: bool) -> (Self, Accept) {
+        Self::accepted_in(network, Mode::Precopy, verify)
+    }
+
+    fn accepted_in(network: &LocalNetwork, mode: Mode, verify: bool) -> (Self, Accept) {
         let transport = network.connect(Duration::ZERO).unwrap();
         let mut out =
             RecordWriter::new(Stream(Arc::clone(&transport)), StreamKind::Migration).unwrap();
-        offer(&mut out, verify, &encode_layout(&small_layout()).unwrap()).unwrap();
+        offer_in(&mut out, mode, verify, &encode_layout(&small_layout()).unwrap()).unwrap();
         let stream = Stream(Arc::clone(&transport));
         let mut records = RecordReader::new(stream, StreamKind::Migration).unwrap();
         let _: Hello<'_> = records.next_record().unwrap().decode("HELLO").unwrap();
@@ -101,11 +106,21 @@ impl Wire {
 
     /// Joins as a page connection.
     fn join(network: &LocalNetwork, index: u16, token: [u8; 16]) -> Result<Self, StreamError> {
+        Self::join_as(network, StreamKind::Pages, ROLE_PAGES, index, token)
+    }
+
+    fn join_as(
+        network: &LocalNetwork,
+        kind: StreamKind,
+        role: u16,
+        index: u16,
+        token: [u8; 16],
+    ) -> Result<Self, StreamError> {
         let transport = network.connect(Duration::ZERO).unwrap();
-        let mut out = RecordWriter::new(Stream(Arc::clone(&transport)), StreamKind::Pages)?;
-        out.send(&Join { id: ID, role: ROLE_PAGES, index, token })?;
+        let mut out = RecordWriter::new(Stream(Arc::clone(&transport)), kind)?;
+        out.send(&Join { id: ID, role, index, token })?;
         let stream = Stream(Arc::clone(&transport));
-        let mut records = RecordReader::new(stream, StreamKind::Pages)?;
+        let mut records = RecordReader::new(stream, kind)?;
         let _: Joined = records.next_record()?.decode("JOINED")?;
         Ok(Self { out, records, transport })
     }
@@ -156,6 +171,15 @@ pub(super) fn offer(
     verify: bool,
     layout: &[u8],
 ) -> Result<(), StreamError> {
+    offer_in(out, Mode::Precopy, verify, layout)
+}
+
+fn offer_in(
+    out: &mut RecordWriter<Stream>,
+    mode: Mode,
+    verify: bool,
+    layout: &[u8],
+) -> Result<(), StreamError> {
     out.send(&Hello { id: ID, program: "0.1.0", features: 0 })?;
     let machine = Machine {
         program_version: "0.1.0".to_owned(),
@@ -168,7 +192,7 @@ pub(super) fn offer(
     out.write(RecordType::Layout, &[layout])?;
     out.send(&OfferWire {
         name: "web",
-        mode: 1,
+        mode: mode as u16,
         connections: 1,
         verify,
         downtime_us: 20_000,

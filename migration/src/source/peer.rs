@@ -245,6 +245,10 @@ fn continued(
             }
         }
     }
+    let (claimed, counted) = (recovered.pages, missing.count());
+    if claimed != counted {
+        return Err(records.error(Problem::Totals { what: "missing pages", claimed, counted }));
+    }
     let message = Message::Recovered { missing, connections: recovered.connections };
     if inbox.send(Input::Peer(message)).is_err() {
         return Ok(());

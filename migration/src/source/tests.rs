@@ -13,6 +13,8 @@ use crate::stream::session::{Accept, Hello, Loaded, Ready, Refuse, Resumed};
 use crate::stream::{RecordReader, RecordType, RecordWriter, StreamKind};
 use crate::transport::{Listener, Stream};
 
+mod peer;
+
 type Out = RecordWriter<Stream>;
 
 /// Offers a VM to a destination that reads the offer and then does `answer`.

@@ -305,3 +305,41 @@ fn name_of(thread: i32) -> String {
     let name = std::fs::read_to_string(path);
     name.map_or_else(|_| "kernel".to_owned(), |name| name.trim().to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::simulated::SimulatedVm;
+    use crate::vm::GuestMemory;
+
+    fn range(start: u64, pages: u64) -> PageRange {
+        PageRange::new(Gfn(start), pages).unwrap()
+    }
+
+    #[test]
+    fn only_whole_units_that_are_missing_are_put_in() {
+        let Ok(mut userfault) = Userfault::open().inspect_err(|error| println!("skipped: {error}"))
+        else {
+            return;
+        };
+        let vm = SimulatedVm::new(MemoryLayout::new([range(3, 10)]).unwrap()).unwrap();
+        userfault.register(&vm).unwrap();
+        let missing = PageSet::full(vm.layout());
+        let arrivals = Arrivals::new(userfault, 4, missing);
+        let data = vec![9; 10 * PAGE_BYTES];
+        let bring = |range: PageRange| {
+            arrivals.bring(range, Some(&data[..range.bytes() as usize]), Way::Push)
+        };
+        for part in [range(3, 3), range(4, 4), range(3, 5), range(11, 1), range(7, 5)] {
+            assert!(bring(part).is_err(), "{part} is not whole");
+        }
+        assert!(!bring(range(7, 4)).unwrap());
+        assert!(bring(range(7, 4)).is_err(), "it is there");
+        assert!(bring(range(3, 8)).is_err(), "a part of it is there");
+        assert_eq!(arrivals.left(), 6);
+        assert!(!bring(range(11, 2)).unwrap(), "the last unit of a region may be short");
+        assert!(bring(range(3, 4)).unwrap(), "the last one");
+        arrivals.userfault().finish().unwrap();
+    }
+}

@@ -491,3 +491,27 @@ impl Session<'_, '_, '_> {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::address::Gfn;
+    use crate::layout::MemoryLayout;
+
+    #[test]
+    fn what_is_missing_consists_of_whole_units() {
+        let range = |start, pages| PageRange::new(Gfn(start), pages).unwrap();
+        let layout = Arc::new(MemoryLayout::new([range(3, 10), range(100, 8)]).unwrap());
+        let first = |runs: &[PageRange]| {
+            let mut missing = PageSet::empty(&layout);
+            for run in runs {
+                missing.insert(*run).unwrap();
+            }
+            first_part(&missing, 4)
+        };
+        assert_eq!(first(&[range(3, 4), range(11, 2), range(104, 4)]), None);
+        assert_eq!(first(&[range(3, 4), range(8, 1)]), Some(range(7, 4)));
+        assert_eq!(first(&[range(12, 1)]), Some(range(11, 2)), "a short one must be whole too");
+    }
+}
