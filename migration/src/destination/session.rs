@@ -498,6 +498,8 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             self.confirmed = !may_ask || self.cause == Cause::PeerAborted;
         }
         self.close_connections();
+        // Who gives an unresolved VM up wants its threads to end.
+        self.stop_faults();
         // What joined too late.
         while let Ok(input) = self.inbox.try_recv() {
             if let Input::Joined { transport, .. } = input {

@@ -194,6 +194,13 @@ impl Session<'_, '_, '_> {
         outcome
     }
 
+    /// Ends the thread that reads page faults, where it still does: nobody is served any more.
+    pub(in crate::destination) fn stop_faults(&self) {
+        if let Some(drain) = &self.drain {
+            drain.stop.stop();
+        }
+    }
+
     /// Memory will not come: the VM is dropped without having run.
     pub(in crate::destination) fn abandon_drain(&mut self) {
         if let Some(drain) = self.drain.take() {
@@ -354,9 +361,8 @@ impl Session<'_, '_, '_> {
         if let Some(link) = &self.link {
             link.abort(Cause::GuestEnded.abort_reason(), why);
         }
-        if let Some(drain) = &self.drain {
-            drain.stop.stop();
-            let missing = drain.arrivals.left();
+        self.stop_faults();
+        if let Some(missing) = self.drain.as_ref().map(|drain| drain.arrivals.left()) {
             self.journal_missing(Some(missing));
         }
         self.reasons.push(why.to_owned());

@@ -3,7 +3,6 @@
 use super::*;
 use crate::simulated::SimulatedVm;
 use crate::stream::session::{Recover, Recovered, Switch, ROLE_REQUESTS};
-use crate::transport::Transport;
 use crate::userfault::Userfault;
 
 /// Two pages, which are missing from the switch on.
@@ -24,8 +23,8 @@ fn ready(network: &LocalNetwork) -> (Wire, Wire, Wire, [u8; 16]) {
     (main, pages, requests, accept.token)
 }
 
-/// Up to RESUMED: [`MISSING`] is missing.
-fn draining(network: &LocalNetwork) -> (Wire, Wire, Wire, [u8; 16]) {
+/// Up to LOADED: [`MISSING`] is missing.
+fn switched(network: &LocalNetwork) -> (Wire, Wire, Wire, [u8; 16]) {
     let (mut main, mut pages, requests, token) = ready(network);
     pages.out.send(&Round { number: 0 }).unwrap();
     pages.out.send(&Sync { pages: 0 }).unwrap();
@@ -34,9 +33,15 @@ fn draining(network: &LocalNetwork) -> (Wire, Wire, Wire, [u8; 16]) {
     main.out.write(RecordType::State, &[&state(0)]).unwrap();
     main.out.send(&Complete { sections: 1, paused_us: 0 }).unwrap();
     let _: Loaded = next(&mut main.records);
-    main.out.send(&Commit { run: true }).unwrap();
-    let _: Resumed = next(&mut main.records);
     (main, pages, requests, token)
+}
+
+/// Up to RESUMED.
+fn draining(network: &LocalNetwork) -> (Wire, Wire, Wire, [u8; 16]) {
+    let mut all = switched(network);
+    all.0.out.send(&Commit { run: true }).unwrap();
+    let _: Resumed = next(&mut all.0.records);
+    all
 }
 
 /// As [`assert_refused`], before the switch. `cause`: a breach, or what cannot be here.
@@ -120,6 +125,9 @@ fn memory_that_follows_cannot_be_compared() {
     assert_eq!(report.outcome, Arrival::Stopped);
 }
 
+/// What a source sends on the page connection.
+type Lie<'a> = &'a dyn Fn(&mut Wire);
+
 /// Whether all memory came, in the end, by what `source` sends on the page connection. Honest pages follow it there.
 fn drains(source: impl FnOnce(&mut Wire)) -> bool {
     let bench = Bench::new();
@@ -150,7 +158,7 @@ fn pages_that_cannot_follow_end_the_connection_and_not_the_guest() {
     }
     let page = [1; 4096];
     assert!(drains(|_| {}), "honest ones do");
-    let hostile: [(&str, &dyn Fn(&mut Wire)); 7] = [
+    let hostile: [(&str, Lie); 7] = [
         ("twice in one record", &|pages| {
             let _ = pages.out.write(RecordType::Zero, &[&table(&[(3, 1), (3, 1)])]);
         }),
@@ -165,7 +173,7 @@ fn pages_that_cannot_follow_end_the_connection_and_not_the_guest() {
         }),
         ("no checksum", &|pages| {
             let vm = SimulatedVm::new(small_layout()).unwrap();
-            let run = PageRange::new(Gfn(12), 1).unwrap();
+            let run = PageRange::new(Gfn(MISSING.0), MISSING.1).unwrap();
             let _ = pages.out.write_live_pages(&vm, &[run]);
         }),
         ("a page too few", &|pages| {
@@ -229,7 +237,27 @@ fn only_who_has_the_token_goes_on_with_what_was_interrupted() {
         pages[0].out.write(RecordType::Pages, &[&table(&[MISSING]), &data]).unwrap();
         while main.records.next_record().unwrap().record_type != RecordType::Drained {}
         main.out.send(&Done {}).unwrap();
+        assert!(main.is_closed());
     });
     assert_eq!(report.outcome, Arrival::RunningHere);
     assert!(report.confirmed && report.drain.unwrap().complete);
+}
+
+#[test]
+fn an_unresolved_vm_whose_memory_was_to_follow_can_be_given_up() {
+    if !possible() {
+        return;
+    }
+    let (done, outcome) = mpsc::channel();
+    thread::spawn(move || {
+        let bench = Bench::new();
+        let (report, ()) = bench.receive(|network| {
+            let (mut main, ..) = switched(network);
+            main.transport.shutdown();
+            assert!(main.is_closed());
+        });
+        done.send(report.outcome)
+    });
+    let outcome = outcome.recv_timeout(Duration::from_secs(60)).expect("it hangs");
+    assert!(matches!(outcome, Arrival::Unresolved { .. }), "{outcome:?}");
 }
