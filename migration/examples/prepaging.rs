@@ -1,7 +1,7 @@
 //! Compares ways of pre-paging in virtual time (see `migration::prepaging::simulation`): the walks that beacon
-//! makes, over 64 MiB of a guest that lacks 256 MiB, or a recorded trace.
+//! makes, over 64 MiB of a guest that lacks 256 MiB, and traces that were recorded, or another one.
 //!
-//! `cargo run --release -p migration --example prepaging -- [TRACEFILE]`; a line of the file is `GFN [MICROSECONDS]`.
+//! `cargo run --release -p migration --example prepaging -- [TRACEFILE]`; `migration::prepaging::traces::read` says what is in the file.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::prepaging::simulation::{simulate, Link, Touch};
-use migration::prepaging::traces::{read, walks, Pattern, Walks};
+use migration::prepaging::traces::{read, walks, Pattern, Walks, RECORDED, RECORDED_PAGES};
 use migration::prepaging::{Plan, Prepaging};
 use migration::{Gfn, MemoryLayout, PageRange, PageSet};
 
@@ -122,5 +122,18 @@ fn main() {
             }
         }
     }
+    recorded();
     cost();
+}
+
+/// What a real guest did, at two speeds.
+fn recorded() {
+    for micros in [20, 100] {
+        heading(&format!("first touches of a guest of 32 MiB, one every {micros} µs"));
+        for (name, text) in RECORDED {
+            let mut trace = read(text.as_bytes()).unwrap();
+            trace.iter_mut().for_each(|touch| touch.think = Duration::from_micros(micros));
+            row(name, &trace, RECORDED_PAGES);
+        }
+    }
 }

@@ -170,7 +170,7 @@ fn nanoseconds(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::traces::{walks, Pattern, Walks};
+    use super::super::traces::{read, walks, Pattern, Walks, RECORDED, RECORDED_PAGES};
     use super::*;
 
     /// A page takes 40.96 µs at this speed, which makes figures easy to check.
@@ -235,6 +235,33 @@ mod tests {
         let (first, pages, touches) = (Gfn(16 << 10), 16 << 10, 32 << 10);
         let trace = walks(&Walks { pattern, cpus, first, pages, touches, think });
         simulate(&trace, all(64 << 10), 1, prepaging, push, GIGABIT)
+    }
+
+    fn recorded(trace: &str, think: Duration, prepaging: Prepaging, push: bool) -> Outcome {
+        let mut trace = read(trace.as_bytes()).unwrap();
+        trace.iter_mut().for_each(|touch| touch.think = think);
+        simulate(&trace, all(RECORDED_PAGES), 1, prepaging, push, GIGABIT)
+    }
+
+    #[test]
+    fn what_holds_of_walks_holds_of_recorded_guests() {
+        for (name, trace) in RECORDED {
+            for think in [FAST, SLOW] {
+                let demand = recorded(trace, think, Prepaging::Off, false);
+                let bubble = recorded(trace, think, Prepaging::Bubble, true);
+                let linear = recorded(trace, think, Prepaging::Linear, true);
+                let counted = bubble.faults + if think == SLOW { bubble.waits } else { 0 };
+                match name {
+                    "random" => assert!(
+                        100 * bubble.faults <= 105 * linear.faults,
+                        "{bubble:?}, not {linear:?}"
+                    ),
+                    _ => {
+                        assert!(5 * counted <= demand.faults, "{name}: {bubble:?}, not {demand:?}")
+                    }
+                }
+            }
+        }
     }
 
     /// Faster than the link brings pages, and slower.

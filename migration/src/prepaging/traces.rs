@@ -114,25 +114,41 @@ fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// In which order beacon first touched the pages of its working set of 8 MiB, `order=linear`: names, and text for [`read`].
+/// Made by the program `record-traces` of the crate `tests`.
+pub const RECORDED: [(&str, &str); 4] = [
+    ("sequential", include_str!("recorded/sequential.trace")),
+    ("stride", include_str!("recorded/stride.trace")),
+    ("hot-spot", include_str!("recorded/hotspot.trace")),
+    ("random", include_str!("recorded/random.trace")),
+];
+
+/// Pages of memory that those guests had.
+pub const RECORDED_PAGES: u64 = (32 << 20) / 4096;
+
 /// Why a recorded trace was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
     /// It could not be read.
     #[error("the trace could not be read: {0}")]
     Read(#[from] io::Error),
-    /// A line is not `GFN [MICROSECONDS]`.
-    #[error("line {line} of the trace, {text:?}, is not `GFN [MICROSECONDS]`: {why}")]
+    /// A line is neither `GFN [MICROSECONDS]` nor `±STEP[xTIMES]`.
+    #[error("line {line} of the trace, {text:?}, is neither `GFN [MICROSECONDS]` nor `+STEP` or `-STEP`, maybe with `xTIMES`: {why}")]
     Line {
         /// Number of the line, from 1.
         line: usize,
         /// The line.
         text: String,
         /// What is wrong with it.
-        why: ParseIntError,
+        why: String,
     },
 }
 
-/// Reads a recorded trace: a touch a line, `GFN [MICROSECONDS]`. The page frame is decimal, or hexadecimal after
+/// Most touches of a recorded trace.
+const MAX_TOUCHES: usize = 1 << 24;
+
+/// Reads a recorded trace: a touch a line, `GFN [MICROSECONDS]`, or touches at a distance from the one before (at first
+/// from 0), `+STEP` or `-STEP`, so many times if `xTIMES` follows, without a time of the guest's own. The page frame is decimal, or hexadecimal after
 /// `0x`; the time is the guest's own since the touch before, 0 if it is missing. Empty lines and what follows a `#`
 /// are skipped.
 ///
@@ -143,17 +159,35 @@ pub fn read(trace: impl BufRead) -> Result<Vec<Touch>, TraceError> {
     for (i, line) in trace.lines().enumerate() {
         let text = line?;
         let mut fields = text.split('#').next().unwrap_or_default().split_whitespace();
-        let Some(gfn) = fields.next() else { continue };
-        let touch = number(gfn).and_then(|gfn| {
-            let micros = number(fields.next().unwrap_or("0"))?;
-            Ok(Touch { gfn: Gfn(gfn), think: Duration::from_micros(micros) })
-        });
-        match touch {
-            Ok(touch) => touches.push(touch),
-            Err(why) => return Err(TraceError::Line { line: i + 1, text, why }),
-        }
+        let Some(first) = fields.next() else { continue };
+        let more = match first.starts_with(['+', '-']) {
+            true => steps(first, &mut touches),
+            false => touch(first, fields.next()).map(|touch| touches.push(touch)),
+        };
+        more.map_err(|why| TraceError::Line { line: i + 1, text: text.clone(), why })?;
     }
     Ok(touches)
+}
+
+fn touch(gfn: &str, micros: Option<&str>) -> Result<Touch, String> {
+    let number = |text| number(text).map_err(|why| why.to_string());
+    let think = Duration::from_micros(number(micros.unwrap_or("0"))?);
+    Ok(Touch { gfn: Gfn(number(gfn)?), think })
+}
+
+fn steps(text: &str, touches: &mut Vec<Touch>) -> Result<(), String> {
+    let (step, times) = text.split_once('x').unwrap_or((text, "1"));
+    let step: i64 = step.parse().map_err(|why: ParseIntError| why.to_string())?;
+    let times: usize = times.parse().map_err(|why: ParseIntError| why.to_string())?;
+    if times > MAX_TOUCHES - touches.len().min(MAX_TOUCHES) {
+        return Err(format!("more than {MAX_TOUCHES} touches"));
+    }
+    let mut at = touches.last().map_or(0, |touch| touch.gfn.0);
+    for _ in 0..times {
+        at = at.checked_add_signed(step).ok_or("no page frame is there")?;
+        touches.push(Touch { gfn: Gfn(at), think: Duration::ZERO });
+    }
+    Ok(())
 }
 
 fn number(text: &str) -> Result<u64, ParseIntError> {
@@ -203,5 +237,11 @@ mod tests {
         assert!(error.to_string().starts_with("line 2 of the trace, \"8 soon\""), "{error}");
         assert!(read("0xgg\n".as_bytes()).is_err());
         assert!(read("-1\n".as_bytes()).is_err());
+        let steps = read("+3\n+2x2\n-1\n9 5\n+1\n".as_bytes()).unwrap();
+        let gfns: Vec<u64> = steps.iter().map(|touch| touch.gfn.0).collect();
+        assert_eq!(gfns, [3, 5, 7, 6, 9, 10]);
+        for bad in ["+1x", "+x2", "+1x99999999999", "+3\n-2x2\n"] {
+            assert!(read(bad.as_bytes()).is_err(), "{bad}");
+        }
     }
 }
