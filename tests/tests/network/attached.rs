@@ -68,6 +68,9 @@ fn a_card_on_a_network_is_a_port_while_its_vm_lives() {
         let taps = taps();
         assert_eq!((taps.len(), &taps[0]["master"]), (1, &"mv-lan".into()), "{taps:?}");
         assert_eq!((&taps[0]["mtu"], &taps[0]["up"]), (&1400.into(), &true.into()));
+        // A guest that is away for a second finds what came meanwhile.
+        let queue = said(Command::new("ip").args(["link", "show", "mvtap0"]));
+        assert!(queue.contains("qlen 10000"), "{queue}");
         let alias = taps[0]["ifalias"].as_str().unwrap();
         assert!(alias.starts_with("minivmm card vm net 52:54:"), "{alias}");
         // It travels with the VM.

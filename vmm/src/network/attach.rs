@@ -93,7 +93,7 @@ pub fn plug(tap: &str, net: &NetConfig, vm: &str) -> Result<(), NetworkError> {
     let plugged = || {
         let Some(Place { bridge, mtu }) = place(&net.attachment)? else { return Ok(()) };
         let alias = alias(vm, &net.id, net.mac);
-        Links::open()?.attach(tap, &bridge, Some(mtu), Some(&alias))
+        Links::open()?.attach(tap, &bridge, Some((mtu, &alias)))
     };
     plugged().map_err(at_card)
 }

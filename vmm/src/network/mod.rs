@@ -364,7 +364,7 @@ fn make(store: &Store, links: &Links, record: &mut Record) -> Result<Vec<String>
                 if port.controller.is_none() || port.controller != index {
                     usable_uplink(&links.all()?, link)?;
                 }
-                links.attach(link, bridge, None, None)?;
+                links.attach(link, bridge, None)?;
             }
             Step::Address { link, address } => links.add_address(link, *address)?,
             Step::Flood { link, peer } => links.flood(link, *peer)?,
