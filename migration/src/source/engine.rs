@@ -121,6 +121,8 @@ pub(super) struct Engine<'scope, 'env, 'blob> {
     /// The connection for requests, until it is served.
     pub(super) requests: Option<Joint>,
     pub(super) requests_transport: Option<Arc<dyn Transport>>,
+    /// Page connections that have not said what they pushed.
+    pub(super) pushing: usize,
     /// What the destination lacks, once the rest follows.
     pub(super) outflow: Option<Arc<Outflow>>,
     pub(super) postcopy: Option<PostcopyReport>,
@@ -193,6 +195,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             retracted: Duration::ZERO,
             requests: None,
             requests_transport: None,
+            pushing: 0,
             outflow: None,
             postcopy: None,
             recover_to: None,

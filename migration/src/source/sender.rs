@@ -12,7 +12,7 @@ use crate::address::{Gfn, PageRange, PAGE_BYTES, PAGE_SIZE};
 use crate::page_set::PageSet;
 use crate::source::pacer::Pacer;
 use crate::source::postcopy::frozen::Frozen;
-use crate::source::postcopy::outflow::Outflow;
+use crate::source::postcopy::outflow::{Outflow, BATCH_PAGES};
 use crate::source::Input;
 use crate::stream::session::{Echo, Round, Sync};
 use crate::stream::{
@@ -209,9 +209,12 @@ impl<'a> Sender<'a> {
         self.stats = PassStats::default();
         let before = self.writer.bytes();
         let mut frozen = Frozen::default();
-        while let Some(runs) = outflow.next() {
+        let batch = BATCH_PAGES.max(self.vm.unit_pages());
+        loop {
+            // Before they are given out: a guest that waits for one of them would wait for the cap.
+            self.wait(batch * PAGE_SIZE)?;
+            let Some(runs) = outflow.next() else { break };
             let pages: u64 = runs.iter().map(|run| run.pages()).sum();
-            self.wait(pages * PAGE_SIZE)?;
             let before = self.writer.bytes();
             frozen.send(&mut self.writer, self.vm, &runs)?;
             self.sent(before);

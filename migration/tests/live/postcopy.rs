@@ -307,3 +307,26 @@ fn state_that_waits_for_a_page_is_given_up_with_the_connection() {
         });
     }
 }
+
+/// A second batch of what is pushed would wait for hours: nothing of it may be kept from a guest that asks.
+#[test]
+fn what_is_asked_for_does_not_wait_for_the_cap() {
+    for connections in [1, 2] {
+        in_time(move || {
+            let world = World::new();
+            let before = read_all(&world.vm);
+            let options = SourceOptions {
+                bandwidth: Some(1),
+                ..postcopy(connections, true, Prepaging::Bubble)
+            };
+            let outcome = thread::scope(|scope| {
+                let guest = scope.spawn(|| read_all(&running(&world)));
+                let outcome = world.migrate(&options);
+                assert!(guest.join().unwrap() == before, "the guest saw what it had written");
+                outcome
+            });
+            assert_complete(&outcome);
+            world.assert_moved();
+        });
+    }
+}

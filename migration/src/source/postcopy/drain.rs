@@ -15,7 +15,7 @@ use crate::source::peer::{read_continued, Message};
 use crate::source::postcopy::demand;
 use crate::source::postcopy::outflow::Outflow;
 use crate::source::postcopy::{FaultReport, PostcopyReport};
-use crate::source::sender::{Pass, Shared, Work};
+use crate::source::sender::{Pass, PassStats, Shared, Work};
 use crate::stream::session::{Done, Echo, Hello, Recover, Switch};
 use crate::stream::{RecordType, StreamError, StreamKind};
 use crate::transport::Connector;
@@ -116,6 +116,7 @@ impl Engine<'_, '_, '_> {
     pub(in crate::source) fn start_push(&mut self) {
         let Some(outflow) = &self.outflow else { return };
         self.shared.pacer.restrain();
+        self.pushing = self.senders.len();
         for sender in &self.senders {
             // A sender that ended has told why.
             let _ = sender.passes.send(Work::Push(Arc::clone(outflow)));
@@ -147,11 +148,14 @@ impl Engine<'_, '_, '_> {
             }
             match self.wait(Instant::now() + INTERVAL) {
                 Ok(Waited::Peer(Message::Drained { report, cpu })) => match self.left() {
-                    0 => return self.drained(*report, cpu),
+                    0 => {
+                        self.await_push();
+                        return self.drained(*report, cpu);
+                    }
                     left => self.lost(&format!("it says that it has all and lacks {left} pages")),
                 },
                 Ok(Waited::Peer(other)) => self.lost(&format!("{other:?} came too early")),
-                Ok(Waited::PassDone(index, Ok(stats))) => self.count(index, &stats),
+                Ok(Waited::PassDone(index, Ok(stats))) => self.push_done(index, &stats),
                 Ok(Waited::PassDone(_, Err(error))) => self.lost(&format!("{error:?}")),
                 Ok(Waited::Nothing) if self.left() > 0 => all_sent = None,
                 Ok(Waited::Nothing) => {
@@ -170,6 +174,24 @@ impl Engine<'_, '_, '_> {
             self.tell(None);
         }
         self.incomplete("given up here".to_owned());
+    }
+
+    fn push_done(&mut self, index: u16, stats: &PassStats) {
+        self.pushing = self.pushing.saturating_sub(1);
+        self.count(index, stats);
+    }
+
+    /// All pages went out, and those who push may still wait for the cap: has them say what they sent.
+    fn await_push(&mut self) {
+        self.shared.pacer.release();
+        let deadline = Instant::now() + self.around.options.timing.alive;
+        while self.pushing > 0 {
+            match self.wait(deadline) {
+                Ok(Waited::PassDone(index, Ok(stats))) => self.push_done(index, &stats),
+                Ok(Waited::Nothing) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
     }
 
     /// Pages that were not sent.

@@ -6,7 +6,7 @@ use crate::address::{Gfn, PageRange};
 use crate::prepaging::Plan;
 
 /// Pages that are pushed at a time: a request waits for no more than that on each connection.
-const BATCH_PAGES: u64 = 32;
+pub(crate) const BATCH_PAGES: u64 = 32;
 
 /// See the module's documentation.
 #[derive(Debug)]
