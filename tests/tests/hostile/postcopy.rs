@@ -147,6 +147,14 @@ pub fn a_destination_outlives_a_source_that_lies_after_the_switch() {
             })
         },
     );
+    // It is alive, and one answer never comes. What goes out before anybody asks does.
+    one_lie(
+        StreamKind::Requests,
+        By::Source,
+        "does not answer requests",
+        &["--push", "off", "--prepaging", "off"],
+        |record_type, _, out| record_type == RecordType::Pages && out.count > 4,
+    );
     one_lie(
         StreamKind::Migration,
         By::Source,
