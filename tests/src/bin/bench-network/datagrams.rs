@@ -54,7 +54,8 @@ impl Datagrams {
             }
             sent
         });
-        let receiver = std::thread::spawn(move || receive(&socket));
+        let halt = Arc::clone(&stop);
+        let receiver = std::thread::spawn(move || receive(&socket, &halt));
         Ok(Self { stop, sender, receiver })
     }
 
@@ -67,7 +68,7 @@ impl Datagrams {
     }
 }
 
-fn receive(socket: &UdpSocket) -> Vec<(u64, Instant)> {
+fn receive(socket: &UdpSocket, stop: &AtomicBool) -> Vec<(u64, Instant)> {
     let mut answers = Vec::new();
     let mut number = [0; 8];
     loop {
@@ -75,6 +76,8 @@ fn receive(socket: &UdpSocket) -> Vec<(u64, Instant)> {
             Ok(8) => answers.push((u64::from_le_bytes(number), Instant::now())),
             // Nobody is there while a guest moves, for one.
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {}
+            // As long as datagrams are sent, silence is not the end.
+            _ if !stop.load(Ordering::Relaxed) => {}
             _ => return answers,
         }
     }

@@ -114,6 +114,10 @@ pub fn sample(
     sleep(AFTER);
     let course = download.finish(back.order)?;
     running.guest.ask("verify", "verified")?;
+    let report = running.guest.ask("report", "report")?;
+    if report["net_irqs_lost"] != 0 {
+        return Err(format!("an interrupt of the card was lost: {report}").into());
+    }
     running.guest.end()?;
     Ok(Sample {
         sent,
