@@ -133,8 +133,7 @@ fn commands_answer() {
     assert_eq!(guest.wait_for("echo")["text"], "a \"quoted\" \\ text");
     guest.say("dirty max");
     assert_eq!(guest.wait_for("dirty")["dirty"], "max");
-    guest.say("mark");
-    guest.say("window 300");
+    guest.say("mark 300");
     guest.say("window");
     let (now, later) = (guest.wait_for("window"), guest.wait_for("window"));
     assert_eq!((&now["asked_ms"], &later["asked_ms"]), (&0.into(), &300.into()));

@@ -217,19 +217,17 @@ impl Operator {
                 self.verifying = Some(now);
             }
             b"mark" => {
+                let age_ms = parse_number(argument).filter(|age_ms| *age_ms <= MAX_WINDOW_MS);
+                if age_ms.is_none() && !argument.is_empty() {
+                    report::error("mark takes milliseconds, at most a day", command);
+                    return;
+                }
                 self.mark(now);
+                self.window_due = age_ms
+                    .map(|age_ms| (now + self.world.scale.ticks_of_micros(age_ms * 1000), age_ms));
                 report::plain("mark", now);
             }
-            b"window" => match argument {
-                b"" => report::window(self.world, now, self.window_start, 0),
-                _ => match parse_number(argument).filter(|age_ms| *age_ms <= MAX_WINDOW_MS) {
-                    Some(age_ms) => {
-                        let age = self.world.scale.ticks_of_micros(age_ms * 1000);
-                        self.window_due = Some((self.window_start + age, age_ms));
-                    }
-                    None => report::error("window needs milliseconds, at most a day", command),
-                },
-            },
+            b"window" => report::window(self.world, now, self.window_start, 0),
             b"dirty" => match parse_rate(argument) {
                 Some(rate) => {
                     self.world.control.set_rate(rate);

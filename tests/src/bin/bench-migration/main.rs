@@ -107,7 +107,8 @@ fn private_network(arguments: &[String]) -> bool {
     false
 }
 
-/// Makes `lo` a link of so many Mbit/s, which both directions share: one of them has nearly all bytes.
+/// Makes `lo` a link of so many Mbit/s, which both directions share: one of them has nearly all bytes. What waits for it
+/// is queued as Linux does where nothing else is set (tc-pfifo_fast(8)).
 fn restrict(rate: u32, private_network: bool) -> Result<()> {
     if !private_network {
         return Err("--rate needs a network namespace of its own".into());
@@ -115,11 +116,14 @@ fn restrict(rate: u32, private_network: bool) -> Result<()> {
     // A burst of 1 ms, at least a packet of lo; what waits longer than 50 ms is dropped.
     let burst = (rate * 125).max(66_000).to_string();
     let rate = format!("{rate}mbit");
-    let qdisc = ["qdisc", "add", "dev", "lo", "root", "handle", "1:", "tbf", "rate", &rate];
-    let made = Command::new("tc").args(qdisc).args(["burst", &burst, "latency", "50ms"]).output();
-    let made = made.map_err(|error| format!("tc: {error}"))?;
-    if !made.status.success() {
-        return Err(format!("tc {rate}: {}", String::from_utf8_lossy(&made.stderr)).into());
+    let link = ["root", "handle", "1:", "tbf", "rate", &rate, "burst", &burst, "latency", "50ms"];
+    for qdisc in [&link[..], &["parent", "1:1", "pfifo_fast"]] {
+        let made = Command::new("tc").args(["qdisc", "add", "dev", "lo"]).args(qdisc).output();
+        let made = made.map_err(|error| format!("tc: {error}"))?;
+        if !made.status.success() {
+            let text = String::from_utf8_lossy(&made.stderr);
+            return Err(format!("tc qdisc add dev lo {}: {text}", qdisc.join(" ")).into());
+        }
     }
     Ok(())
 }

@@ -86,10 +86,11 @@ fn told(report: Value) -> Told {
 fn waits(there: &Value) -> impl Iterator<Item = (Quantity, f64)> {
     let us = |name: &str| there["latency"][name].as_f64().map(|nanos| nanos / 1e3);
     let requests = there["requests"].as_f64();
+    // Of vCPUs, and of the kernel in their place (asynchronous page faults), not of whoever loads state.
     let vcpus = there["blocked_us"].as_array().map(|threads| {
-        let of_vcpu =
-            |thread: &&Value| thread[0].as_str().is_some_and(|name| name.starts_with("vcpu"));
-        threads.iter().filter(of_vcpu).filter_map(|thread| thread[1].as_f64()).sum::<f64>()
+        let of_guest =
+            |thread: &&Value| thread[0].as_str().is_some_and(|name| !name.starts_with("mig-"));
+        threads.iter().filter(of_guest).filter_map(|thread| thread[1].as_f64()).sum::<f64>()
     });
     let mean = Option::zip(vcpus, requests).filter(|(_, requests)| *requests > 0.0);
     let figures = [
@@ -114,7 +115,7 @@ mod tests {
             "connection_bytes": [1000, 500],
             "rounds": [{ "bytes": 1400, "duration_us": 200_000 }, {}],
             "postcopy": { "destination": {
-                "requests": 4, "blocked_us": [["vcpu0", 300], ["mig-load", 50], ["vcpu1", 100]],
+                "requests": 4, "blocked_us": [["vcpu0", 300], ["mig-load", 50], ["kernel", 100]],
                 "latency": { "p50_ns": 90_000, "p99_ns": 200_000 },
             }},
         }));

@@ -51,7 +51,6 @@ fn prepare(qmp: &mut Qmp, subject: Subject) -> Result<()> {
     if let Subject::QemuPostcopy { preempt } = subject {
         capabilities.push(json!({ "capability": "postcopy-ram", "state": true }));
         capabilities.push(json!({ "capability": "postcopy-preempt", "state": preempt }));
-        capabilities.push(json!({ "capability": "postcopy-blocktime", "state": true }));
     }
     qmp.command("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
     qmp.command("migrate-set-parameters", parameters)?;
@@ -93,13 +92,6 @@ fn told(qmp: &mut Qmp, postcopy: bool) -> Result<Told> {
 /// Waits until a destination knows that it has the guest.
 pub fn has_arrived(destination: &mut Guest) -> Result<()> {
     ended(destination.qmp()?)
-}
-
-/// For how long vCPUs waited for pages, us: sums of whole milliseconds, which are right on average.
-pub fn waited(destination: &mut Guest) -> Result<Option<f64>> {
-    let all = destination.qmp()?.command("query-migrate", json!({}))?;
-    let of_vcpus = all["postcopy-vcpu-blocktime"].as_array();
-    Ok(of_vcpus.map(|times| times.iter().filter_map(Value::as_f64).sum::<f64>() * 1e3))
 }
 
 /// A failure is an error of [`Qmp::event`].

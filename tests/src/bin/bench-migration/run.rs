@@ -13,6 +13,8 @@ use crate::warm::warm;
 use crate::Bench;
 
 const MIB: f64 = 1_048_576.0;
+/// The bucket of the guest's gaps from which on something held it up: a turn takes about 20 us, this one begins at 33.
+const STALL: usize = 6;
 /// The first part of a window, in which a guest without its memory suffers most.
 const FIRST_MS: u64 = 1000;
 /// What has just been started may come to rest.
@@ -89,9 +91,6 @@ fn migration(bench: &Bench, sample: &mut Sample) -> Result<()> {
     });
     let address = proxy.as_ref().map_or(incoming.address.clone(), Proxy::address);
     let window = Window::begin(bench, sample, pids.clone(), &mut source)?;
-    if subject.is_postcopy() {
-        source.say(&format!("window {FIRST_MS}"))?;
-    }
     let wire = loopback_bytes();
     let cpu = CpuMeter::begin(&pids)?;
     let clocks = Clocks::now();
@@ -127,17 +126,38 @@ fn drained(sample: &mut Sample, incoming: &mut Incoming) -> Result<()> {
             sample.set(sample::WORK_SECOND, work);
         } else {
             sample.set(sample::WORK_DRAINED, work);
-            let buckets = window["hist"].as_array().map_or(0, Vec::len);
-            sample.set(sample::DRAIN_GAP, f64::powi(2.0, 9 + buckets as i32) / 1e6);
+            let gaps: Vec<f64> = window["hist"]
+                .as_array()
+                .map_or(&[][..], Vec::as_slice)
+                .iter()
+                .filter_map(Value::as_f64)
+                .collect();
+            sample.set(sample::DRAIN_GAP, f64::powi(2.0, 9 + gaps.len() as i32) / 1e6);
+            sample.set(sample::STALLS, gaps.iter().skip(STALL).sum::<f64>());
+            sample.set(sample::STALL_P50, quantile(&gaps, STALL, 0.5));
+            sample.set(sample::STALL_P99, quantile(&gaps, STALL, 0.99));
         }
     }
     let faults = sample.get(sample::FAULTS);
     let pages = sample.cell.bytes() as f64 / 4096.0;
     sample.set(sample::FAULT_SHARE, faults.map(|faults| 100.0 * faults / pages));
-    if let Some((waited, faults)) = incoming.waited(sample.subject)?.zip(faults) {
-        sample.set(sample::FAULT_MEAN, Some(waited / faults).filter(|mean| mean.is_finite()));
-    }
     Ok(())
+}
+
+/// Of the gaps from a bucket on, the one that a share of them does not exceed, us; within its bucket they are taken to be
+/// spread evenly. Bucket n has gaps of 2^(9 + n) to 2^(10 + n) ns.
+fn quantile(buckets: &[f64], from: usize, share: f64) -> Option<f64> {
+    let wanted = share * buckets.iter().skip(from).sum::<f64>();
+    let mut below = 0.0;
+    for (bucket, count) in buckets.iter().enumerate().skip(from).filter(|(_, count)| **count > 0.0)
+    {
+        if below + count >= wanted {
+            let start = f64::powi(2.0, 9 + bucket as i32) / 1e3;
+            return Some(start + start * (wanted - below) / count);
+        }
+        below += count;
+    }
+    None
 }
 
 /// What the VMM says, and what was seen of it from outside.
@@ -195,7 +215,11 @@ impl Window {
     /// Begins: the guest forgets what it counted.
     fn begin(bench: &Bench, sample: &Sample, pids: Vec<u32>, guest: &mut Guest) -> Result<Self> {
         let cpu = CpuMeter::begin(&pids)?;
-        guest.ask("mark", "mark")?;
+        let mark = match sample.subject.is_postcopy() {
+            true => format!("mark {FIRST_MS}"),
+            false => "mark".to_owned(),
+        };
+        guest.ask(&mark, "mark")?;
         let length = window(sample.cell, bench.quick);
         Ok(Self { begin: Instant::now(), length, cpu, pids })
     }
@@ -269,6 +293,16 @@ mod tests {
         assert_eq!(sample.get(sample::RATE), Some(7500.0));
         assert_eq!(sample.get(sample::WORK), Some(75.0));
         assert_eq!(sample.get(sample::LOST), Some(500.0));
+    }
+
+    #[test]
+    fn gaps_are_told_by_size() {
+        let mut gaps = vec![0.0; 8];
+        gaps[5] = 1000.0;
+        assert_eq!(quantile(&gaps, STALL, 0.5), None);
+        gaps[6..].copy_from_slice(&[30.0, 10.0]);
+        assert_eq!(quantile(&gaps, STALL, 0.75), Some(65.536));
+        assert_eq!(quantile(&gaps, STALL, 1.0), Some(131.072));
     }
 
     #[test]

@@ -62,6 +62,12 @@ pub const WORK_DRAINED: Quantity = quantity("work_drained_percent", "work until 
 pub const WORK_SECOND: Quantity = quantity("work_second_percent", "work in the first second %", 1);
 /// The guest's largest gap until all memory was at the destination, the switch apart: a bound, a power of two.
 pub const DRAIN_GAP: Quantity = quantity("drain_gap_ms", "gap until drained, below ms", 1);
+/// How often the guest was held up until then, for whatever reason.
+pub const STALLS: Quantity = quantity("stalls", "stalls until drained", 0);
+/// Half of these were shorter, by the guest's TSC.
+pub const STALL_P50: Quantity = quantity("stall_p50_us", "of these p50 us", 0);
+/// Of a hundred of these one was longer.
+pub const STALL_P99: Quantity = quantity("stall_p99_us", "of these p99 us", 0);
 /// Pages that were asked for over the network.
 pub const FAULTS: Quantity = quantity("network_faults", "network faults", 0);
 /// The same, of the working set's pages.
@@ -74,8 +80,19 @@ pub const FAULT_P50: Quantity = quantity("fault_p50_us", "p50 us", 0);
 pub const FAULT_P99: Quantity = quantity("fault_p99_us", "p99 us", 0);
 
 /// What a table has of post-copy.
-pub const POSTCOPY: [Quantity; 8] =
-    [WORK_SECOND, WORK_DRAINED, DRAIN_GAP, FAULTS, FAULT_SHARE, FAULT_MEAN, FAULT_P50, FAULT_P99];
+pub const POSTCOPY: [Quantity; 11] = [
+    WORK_SECOND,
+    WORK_DRAINED,
+    DRAIN_GAP,
+    STALLS,
+    STALL_P50,
+    STALL_P99,
+    FAULTS,
+    FAULT_SHARE,
+    FAULT_MEAN,
+    FAULT_P50,
+    FAULT_P99,
+];
 
 /// The parts of the pause as minivmm tells them, one after the other; the last three are the
 /// destination's own figures, within `load`, `commit` and `resume`.

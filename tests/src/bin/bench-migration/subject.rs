@@ -187,14 +187,6 @@ impl Incoming {
         }
         Ok(switch)
     }
-
-    /// For how long the guest waited for pages, us, as far as only the destination knows it.
-    pub fn waited(&mut self, subject: Subject) -> Result<Option<f64>> {
-        match subject {
-            Subject::QemuPostcopy { .. } => qemu::waited(&mut self.guest),
-            _ => Ok(None),
-        }
-    }
 }
 
 /// A migration that is over.

@@ -3,8 +3,8 @@
 use std::cmp::Ordering;
 
 use crate::sample::{
-    Quantity, Runs, Sample, FAULT_MEAN, FAULT_P50, OTHER_GAP, SWITCH_GAP, THROUGHPUT,
-    TOLD_DOWNTIME, TOTAL, WORK, WORK_DRAINED,
+    Quantity, Runs, Sample, FAULT_P50, OTHER_GAP, STALL_P50, SWITCH_GAP, THROUGHPUT, TOLD_DOWNTIME,
+    TOTAL, WORK, WORK_DRAINED,
 };
 use crate::subject::{Cell, Subject};
 
@@ -15,8 +15,8 @@ pub const TOTAL_SHARE: f64 = 0.7;
 /// With post-copy: the guest's work beside QEMU's, and what is good enough, percent.
 pub const POSTCOPY_WORK_SHARE: f64 = 2.0;
 pub const POSTCOPY_WORK: f64 = 90.0;
-/// The wait for a page beside that of QEMU with preempt, where the link is as fast as can be.
-pub const FAULT_SHARE_OF_QEMU: f64 = 0.5;
+/// The guest's stalls beside those with QEMU's preempt, where the link is as fast as can be.
+pub const STALL_SHARE: f64 = 0.5;
 /// Otherwise its median beyond the time that the link takes for the answer, us.
 pub const FAULT_BEYOND_WIRE_US: f64 = 150.0;
 /// An answer on the wire: a page, the record's header and table, headers of TCP and IP.
@@ -148,10 +148,10 @@ pub fn of_cell(samples: &[Sample], cell: Cell, rate: Option<u32>) -> Vec<Verdict
         verdicts.push(verdict(TOTAL, "total, s", total, target));
         if subject.is_postcopy() && cell.dirty > 0 {
             let preempt = Subject::QemuPostcopy { preempt: true };
-            let theirs = median(preempt, FAULT_MEAN).map(|mean| (mean, preempt));
-            let target = theirs.map(|(mean, _)| mean * FAULT_SHARE_OF_QEMU);
+            let theirs = median(preempt, STALL_P50).map(|stall| (stall, preempt));
+            let target = theirs.map(|(stall, _)| stall * STALL_SHARE);
             let target = target.filter(|_| rate.is_none());
-            verdicts.push(verdict(FAULT_MEAN, "wait for a page, mean us", theirs, target));
+            verdicts.push(verdict(STALL_P50, "guest's stalls, p50 us", theirs, target));
             if let Some(rate) = rate {
                 let target = ANSWER_BYTES * 8.0 / f64::from(rate) + FAULT_BEYOND_WIRE_US;
                 let row = verdict(FAULT_P50, "wait for a page, p50 us", None, Some(target));
