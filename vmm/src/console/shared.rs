@@ -23,6 +23,9 @@ pub(super) struct Peer {
 pub(super) struct State {
     /// Output that was not written yet; at most [`OUTPUT_BUFFER`].
     pub(super) output: VecDeque<u8>,
+    /// The thread has just written, and looks by itself at what comes meanwhile: a guest writes byte by byte, and to wake
+    /// the thread for each would have the vCPU give way to it each time.
+    pub(super) gathering: bool,
     /// Bytes that the guest wrote.
     pub(super) written: u64,
     /// Bytes of them that were dropped.
@@ -66,9 +69,10 @@ impl Shared {
         state.output.extend(&bytes[..taken]);
         state.written += bytes.len() as u64;
         state.dropped += (bytes.len() - taken) as u64;
-        drop(state);
         // The thread looks again by itself while there is output.
-        if was_empty && taken > 0 {
+        let asleep = was_empty && !state.gathering;
+        drop(state);
+        if asleep && taken > 0 {
             self.wake();
         }
     }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -19,6 +19,10 @@ pub const REPLAY: usize = 64 << 10;
 /// Bytes moved at a time. PIPE_BUF: what poll(2) promises to fit into a writable pipe. The mode of
 /// standard output is left as it is, since other processes share it, so a larger write could block.
 const CHUNK: usize = 4096;
+
+/// After something was written, output is gathered for so long before it is written: too short to be seen, and long enough
+/// for a line.
+const GATHER: Duration = Duration::from_millis(2);
 
 /// Keys typed on a terminal that wait for a guest which takes no input, bytes; more are dropped.
 const TYPED_AHEAD: usize = 4096;
@@ -35,6 +39,8 @@ struct Worker<'a> {
     backlog: VecDeque<u8>,
     /// The client of a socket, kept to say who it is.
     client: Option<UnixStream>,
+    /// Until when output is gathered.
+    gather: Option<Instant>,
 }
 
 /// What is ready.
@@ -57,6 +63,7 @@ pub(super) fn run(shared: &Shared, port: Port) {
         replay: VecDeque::new(),
         backlog: VecDeque::new(),
         client: None,
+        gather: None,
     };
     while worker.step() {}
     let mut state = shared.lock();
@@ -68,19 +75,28 @@ impl Worker<'_> {
     /// One turn; false at the end.
     fn step(&mut self) -> bool {
         self.feed();
-        let (want_output, has_peer, end) = {
-            let state = self.shared.lock();
+        let now = Instant::now();
+        let (unsent, has_peer, end) = {
+            let mut state = self.shared.lock();
+            if self.gather.is_some_and(|until| now >= until) {
+                self.gather = None;
+                state.gathering = !state.output.is_empty();
+            }
             let unsent = !state.output.is_empty() || !self.backlog.is_empty();
             (unsent, state.peer.is_some(), state.end)
         };
-        if want_output && self.port.output.is_none() {
-            self.swallow();
-            return true;
-        }
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| !want_output || left.is_zero()) {
+        let left = end.map(|end| end.saturating_duration_since(now));
+        if left.is_some_and(|left| !unsent || left.is_zero()) {
             return false;
         }
+        let gather = self.gather.filter(|_| end.is_none());
+        let want_output = unsent && gather.is_none();
+        if want_output && self.port.output.is_none() {
+            self.swallow();
+            self.gather_from(now);
+            return true;
+        }
+        let left = left.or(gather.map(|until| until - now));
         // The escape key works even when the guest takes no input.
         let want_input = has_peer && (self.pending.is_empty() || self.port.interactive);
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
@@ -93,6 +109,7 @@ impl Worker<'_> {
         }
         if ready.output {
             self.write();
+            self.gather_from(Instant::now());
         }
         // In this order: a client may come just when the one before it goes.
         if ready.hangup {
@@ -102,6 +119,15 @@ impl Worker<'_> {
             self.accept();
         }
         true
+    }
+
+    /// Once all was written, no more is until a moment later.
+    fn gather_from(&mut self, now: Instant) {
+        let mut state = self.shared.lock();
+        if state.output.is_empty() && self.backlog.is_empty() {
+            state.gathering = true;
+            self.gather = Some(now + GATHER);
+        }
     }
 
     fn wait(&self, want_input: bool, want_output: bool, timeout: Option<&Timespec>) -> Ready {
