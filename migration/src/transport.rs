@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::net::{recv, send, RecvFlags, SendFlags};
+use rustix::net::{recv, send, sockopt, RecvFlags, SendFlags};
 use vm_memory::VolatileSlice;
 
 use crate::volatile_io::{self, ReadGuest, WriteGuest};
@@ -47,6 +47,16 @@ pub trait Transport: Send + Sync {
     /// As setsockopt(2).
     fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()>;
 
+    /// What is sent here is small and somebody waits for it: it may go before what other connections have sent. A wish, which
+    /// needs no privilege.
+    fn hurry(&self) {}
+
+    /// The kernel keeps about so many bytes that were sent here and have not arrived, no more: what is sent elsewhere does not
+    /// wait behind them for long. A wish.
+    fn bound_backlog(&self, bytes: usize) {
+        let _ = bytes;
+    }
+
     /// Ends both directions. Whoever waits in another method returns.
     fn shutdown(&self);
 
@@ -82,7 +92,7 @@ pub trait Listener: Send + Sync {
 }
 
 macro_rules! socket_transport {
-    ($socket:ty, $peer:expr) => {
+    ($socket:ty, $peer:expr, $hurry:expr) => {
         impl Transport for $socket {
             fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
                 Ok(recv(self, buffer, RecvFlags::empty())?.0)
@@ -116,6 +126,16 @@ macro_rules! socket_transport {
                 self.set_write_timeout(write)
             }
 
+            fn hurry(&self) {
+                ($hurry)(self);
+            }
+
+            fn bound_backlog(&self, bytes: usize) {
+                if let Err(error) = sockopt::set_socket_send_buffer_size(self, bytes) {
+                    tracing::debug!(%error, "the send buffer stays as it is");
+                }
+            }
+
             fn shutdown(&self) {
                 // Fails when it is not connected any more, which is as good.
                 let _ = <$socket>::shutdown(self, Shutdown::Both);
@@ -128,10 +148,27 @@ macro_rules! socket_transport {
     };
 }
 
-socket_transport!(TcpStream, |socket: &TcpStream| socket
-    .peer_addr()
-    .map_or_else(|_| "a closed connection".to_owned(), |address| address.to_string()));
-socket_transport!(UnixStream, |_: &UnixStream| "a local socket".to_owned());
+socket_transport!(
+    TcpStream,
+    |socket: &TcpStream| socket
+        .peer_addr()
+        .map_or_else(|_| "a closed connection".to_owned(), |address| address.to_string()),
+    low_delay
+);
+socket_transport!(UnixStream, |_: &UnixStream| "a local socket".to_owned(), |_| ());
+
+/// The type of service "low delay" (RFC 1349), which puts packets into the first band of this host's queue as well
+/// (tc-pfifo_fast(8)).
+fn low_delay(socket: &TcpStream) {
+    const LOW_DELAY: u8 = 0x10;
+    let set = match socket.local_addr() {
+        Ok(SocketAddr::V4(_)) => sockopt::set_ip_tos(socket, LOW_DELAY),
+        _ => sockopt::set_ipv6_tclass(socket, LOW_DELAY.into()),
+    };
+    if let Err(error) = set {
+        tracing::debug!(%error, "packets of a connection have no precedence");
+    }
+}
 
 /// Connects by TCP.
 #[derive(Debug, Clone)]
@@ -266,5 +303,29 @@ impl ReadGuest for Stream {
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Stream({})", self.0.peer())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn wishes_reach_the_socket() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            // A machine may have no IPv6.
+            let Ok(listener) = TcpListener::bind(address) else { continue };
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            socket.hurry();
+            socket.bound_backlog(64 << 10);
+            let precedence = match listener.local_addr().unwrap() {
+                SocketAddr::V4(_) => sockopt::ip_tos(&socket).unwrap(),
+                SocketAddr::V6(_) => sockopt::ipv6_tclass(&socket).unwrap() as u8,
+            };
+            assert_eq!(precedence, 0x10, "{address}");
+            // Twice as much as was asked for, for the kernel's own needs (socket(7)).
+            assert_eq!(sockopt::socket_send_buffer_size(&socket).unwrap(), 128 << 10);
+        }
     }
 }

@@ -46,6 +46,7 @@ impl Requests {
         writer: RecordWriter<BufWriter<Stream>>,
         transport: Arc<dyn Transport>,
     ) {
+        transport.hurry();
         *self.out() = Some((writer, transport));
     }
 

@@ -22,6 +22,7 @@ pub(in crate::source) fn serve(
     shared: &Shared,
     inbox: &mpsc::Sender<Input>,
 ) {
+    link.transport.hurry();
     let mut frozen = Frozen::default();
     let mut work = || -> Result<(), StreamError> {
         if !first.is_empty() {

@@ -31,6 +31,11 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// So many times the silence of a dead peer may pass from the last page that was sent to DRAINED: what is in the
 /// buffers of a slow link takes its time.
 const LAST_WORD: u32 = 12;
+/// A link that is to be kept busy, bytes per second: 10 Gbit/s.
+const FASTEST_LINK: f64 = 1.25e9;
+/// Bytes that the kernel may keep of what is pushed, where the round trip is short; beyond the other it is left to it.
+const LEAST_BACKLOG: usize = 128 << 10;
+const MOST_BACKLOG: usize = 2 << 20;
 /// The number of the only question of its kind.
 const RETRACT: u32 = 0;
 
@@ -117,7 +122,13 @@ impl Engine<'_, '_, '_> {
         let Some(outflow) = &self.outflow else { return };
         self.shared.pacer.restrain();
         self.pushing = self.senders.len();
+        // Pages that are on their way are what a request may have to wait for: as few as keep the link busy.
+        let in_flight = (self.round_trip.as_secs_f64() * FASTEST_LINK) as usize;
+        let backlog = in_flight.max(LEAST_BACKLOG) / self.senders.len().max(1);
         for sender in &self.senders {
+            if backlog < MOST_BACKLOG {
+                sender.transport.bound_backlog(backlog);
+            }
             // A sender that ended has told why.
             let _ = sender.passes.send(Work::Push(Arc::clone(outflow)));
         }
