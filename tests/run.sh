@@ -17,7 +17,7 @@ awk -v status="$status" '
     /^---- .* ----$/ { getline; why[++failures] = "    " substr($0, 1, 600) }
     /^test result:/ {
         if (match($0, /finished in [0-9.]+s/)) {
-            seconds = substr($0, RSTART + 12, RLENGTH - 13)
+            seconds = substr($0, RSTART + 12, RLENGTH - 13) + 0
             if (seconds >= 30) printf "%7.1f s  %s\n", seconds, program | "sort -rn"
         }
         for (i = 1; i < NF; i++) {
