@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migration::destination::{DestinationControl, Draining};
 use migration::handover::{DestinationPhase, SourcePhase};
+use migration::snapshot::SaveSummary;
 use serde_json::{json, Value};
 
 use crate::config::ConsoleConfig;
@@ -157,6 +158,24 @@ impl VmHandle {
     }
 }
 
+/// What a save did that began at `begin` and for which the guest stood for `paused`.
+fn save_report(
+    path: PathBuf,
+    summary: &SaveSummary,
+    paused: Duration,
+    begin: Instant,
+) -> SaveReport {
+    SaveReport {
+        path,
+        file_bytes: summary.file_bytes,
+        pages: summary.data_pages,
+        zero_pages: summary.zero_pages,
+        absent_pages: summary.absent_pages,
+        paused_ms: paused.as_secs_f64() * 1e3,
+        total_ms: begin.elapsed().as_secs_f64() * 1e3,
+    }
+}
+
 impl From<MachineError> for ControlError {
     fn from(error: MachineError) -> Self {
         match error {
@@ -244,15 +263,7 @@ impl Control for VmHandle {
         self.check_here()?;
         let begin = Instant::now();
         let (summary, paused) = self.machine.save_to(&path, then_stop)?;
-        let report = SaveReport {
-            path,
-            file_bytes: summary.file_bytes,
-            pages: summary.data_pages,
-            zero_pages: summary.zero_pages,
-            absent_pages: summary.absent_pages,
-            paused_ms: paused.as_secs_f64() * 1e3,
-            total_ms: begin.elapsed().as_secs_f64() * 1e3,
-        };
+        let report = save_report(path, &summary, paused, begin);
         self.machine.events().push("saved", json!(report));
         if then_stop {
             self.machine.kill();
@@ -271,15 +282,7 @@ impl Control for VmHandle {
         }
         let begin = Instant::now();
         let summary = self.machine.save_remains(&path)?;
-        let report = SaveReport {
-            path,
-            file_bytes: summary.file_bytes,
-            pages: summary.data_pages,
-            zero_pages: summary.zero_pages,
-            absent_pages: summary.absent_pages,
-            paused_ms: 0.0,
-            total_ms: begin.elapsed().as_secs_f64() * 1e3,
-        };
+        let report = save_report(path, &summary, Duration::ZERO, begin);
         self.machine.events().push("saved-incomplete", json!(report));
         Ok(report)
     }
