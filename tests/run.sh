@@ -13,6 +13,8 @@ status=0
 awk -v status="$status" '
     /^ +Running |^ +Doc-tests / { program = $2 == "unittests" ? $2 " " $3 " " $4 : $2 }
     /^test .*\.\.\. FAILED$/ { why[++failures] = program ": " $2 }
+    # What the compiler or the linker says, when there is no test to run.
+    /^error/ && errors++ < 20 { why[++failures] = substr($0, 1, 600) }
     # The test harness repeats what the test said; a test that is a process of its own says it once.
     /^---- .* ----$/ { getline; why[++failures] = "    " substr($0, 1, 600) }
     /^test result:/ {
