@@ -24,6 +24,10 @@ pub(super) const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 /// Connections that have a thread here: of unknown purpose, asking, or the main one.
 const MAX_STRANGERS: usize = 64;
 
+/// Why a source that comes again is not wanted.
+const DRAINED: &str =
+    "nothing of that migration is waited for: all of its memory came, or its VM has ended";
+
 /// Who may join the migration that is under way.
 pub(super) struct Guests {
     pub(super) id: MigrationId,
@@ -313,25 +317,32 @@ impl Door {
         let id = hello.id;
         let record = records.next_record()?;
         let recover: Recover = record.decode("RECOVER")?;
-        let Some(inbox) = &self.inbox else {
-            let link = MainLink::open(Arc::clone(transport), StreamKind::Continue)?;
-            link.write(|out| -> Result<(), StreamError> {
-                out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
-                out.send(&Refuse { reasons: vec!["nothing of that migration is waited for: all of its memory came, or its VM has ended"] })
-            })?;
-            transport.shutdown();
-            return Ok(());
-        };
         let welcome = admitted(&mut self.guests(), &id, recover.token).is_some_and(|g| g.recover);
-        if !welcome {
-            // It may be too early: the source tries again.
+        let inbox = self.inbox.as_ref().filter(|_| welcome);
+        let Some(inbox) = inbox else {
+            let token = Token::from_bytes(recover.token);
+            if self.journal.is_drained(MigrationId(id), &token).unwrap_or(false) {
+                return self.is_drained(id, transport);
+            }
+            // It may be too early, or another host: the source keeps what it has and tries again.
             let what = "no such migration, the wrong token, or too early".to_owned();
             let record_type = record.record_type;
             return Err(record.error(Problem::Malformed { record_type, what }));
-        }
+        };
         let (connections, transport) = (recover.connections, Arc::clone(transport));
         // As above.
         let _ = inbox.send(Input::Recover { connections, records, transport });
+        Ok(())
+    }
+
+    /// A source need not keep anything: it goes by this word, and only who knows its token gives it.
+    fn is_drained(&self, id: [u8; 16], transport: &Arc<dyn Transport>) -> Result<(), StreamError> {
+        let link = MainLink::open(Arc::clone(transport), StreamKind::Continue)?;
+        link.write(|out| -> Result<(), StreamError> {
+            out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
+            out.send(&Refuse { reasons: vec![DRAINED] })
+        })?;
+        transport.shutdown();
         Ok(())
     }
 

@@ -90,6 +90,9 @@ pub struct Entry {
     /// or ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missing_pages: Option<u64>,
+    /// Destination, of a VM whose memory followed it: all of it came, or the VM has ended. Its source need not keep anything.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub drained: bool,
 }
 
 /// Why the journal could not be read or written.
@@ -215,6 +218,16 @@ impl Journal {
             EntryState::RunningHere => Verdict::RunningHere,
             EntryState::NotHere => Verdict::NotHere,
         })
+    }
+
+    /// Whether nothing that the source of a migration to this host keeps is of use any more: it asked with the migration's
+    /// token.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn is_drained(&self, id: MigrationId, token: &Token) -> Result<bool, JournalError> {
+        let entry = self.entry(id, Side::Destination)?;
+        Ok(entry.is_some_and(|entry| entry.admits(token) && entry.drained))
     }
 
     /// Answers a source that wants its VM back: decides `not here` if nothing was decided.
@@ -378,6 +391,7 @@ impl Entry {
             pid: std::process::id(),
             updated: now(),
             missing_pages: None,
+            drained: false,
         }
     }
 
@@ -517,6 +531,12 @@ impl DestinationEntry {
         self.entry.missing_pages = pages;
         let path = self.journal.path(self.id, "destination");
         self.journal.replace(&path, &self.entry.renewed())
+    }
+
+    /// Notes that pages are waited for no more, of which so many did not come before the VM ended.
+    pub(crate) fn drained(&mut self, missing: Option<u64>) -> Result<(), JournalError> {
+        self.entry.drained = true;
+        self.set_missing(missing)
     }
 
     pub(crate) fn unresolved(&mut self) -> Result<(), JournalError> {

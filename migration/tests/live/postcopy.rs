@@ -1,15 +1,18 @@
 //! Memory that follows its guest.
 
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::Duration;
 
-use migration::destination::Arrival;
+use migration::destination::{answer_queries, Arrival};
 use migration::prepaging::Prepaging;
 use migration::report::Outcome;
-use migration::simulated::{Cut, Operation, SimulatedVm};
+use migration::simulated::{Cut, LocalNetwork, Operation, SimulatedVm};
 use migration::source::{Limits, PostcopyOptions, PostcopyReport, SourceControl, SourceOptions};
-use migration::{Gfn, GuestMemory, Mode, PAGE_BYTES};
+use migration::transport::{Connector, Transport};
+use migration::{Gfn, GuestMemory, MigrationId, Mode, PAGE_BYTES};
 
 use super::common::*;
 
@@ -252,6 +255,62 @@ fn requests_that_were_lost_are_made_again() {
         assert_eq!(assert_complete(&outcome).interruptions, 1);
         world.assert_moved();
     }
+}
+
+/// Leads one connection to another host.
+struct Astray<'a> {
+    home: &'a LocalNetwork,
+    stranger: &'a LocalNetwork,
+    /// Which one, from 0; how many there were.
+    which: usize,
+    made: AtomicUsize,
+}
+
+impl Connector for Astray<'_> {
+    fn connect(&self, timeout: Duration) -> io::Result<Arc<dyn Transport>> {
+        match self.made.fetch_add(1, Ordering::Relaxed) == self.which {
+            true => self.stranger.connect(timeout),
+            false => self.home.connect(timeout),
+        }
+    }
+
+    fn address(&self) -> String {
+        self.home.address()
+    }
+}
+
+/// A host that knows nothing of the migration does not make the source give up what only it has.
+#[test]
+fn a_stranger_has_no_say() {
+    in_time(|| {
+        let (world, elsewhere, stranger) = (World::new(), World::new(), LocalNetwork::new());
+        let before = read_all(&world.vm);
+        let cut = Cut { connection: 2, bytes: 20_000, outgoing: true, for_good: false };
+        world.network.cut(Some(cut));
+        let astray = Astray {
+            home: &world.network,
+            stranger: &stranger,
+            // After main, one for pages, one for requests.
+            which: 3,
+            made: AtomicUsize::new(0),
+        };
+        let over = AtomicBool::new(false);
+        let outcome = thread::scope(|scope| {
+            scope.spawn(|| {
+                let is_over = |_: &[MigrationId]| over.load(Ordering::Relaxed);
+                answer_queries(&stranger, &elsewhere.destination_journal, timing(), &is_over)
+            });
+            let guest = scope.spawn(|| read_all(&running(&world)));
+            let options = postcopy(1, false, Prepaging::Off);
+            let outcome = world.migrate_over(&astray, &world.network, &options, &Hooks::default());
+            over.store(true, Ordering::Relaxed);
+            assert!(guest.join().unwrap() == before, "the guest saw what it had written");
+            outcome
+        });
+        assert_complete(&outcome);
+        assert_eq!(stranger.traffic().len(), 1, "it was asked");
+        world.assert_moved();
+    });
 }
 
 /// What `job` gives; whatever hangs would take longer.

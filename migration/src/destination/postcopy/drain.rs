@@ -298,6 +298,12 @@ impl Session<'_, '_, '_> {
         }
     }
 
+    fn journal_drained(&mut self, missing: Option<u64>) {
+        if let Some(Err(error)) = self.entry.as_mut().map(|entry| entry.drained(missing)) {
+            tracing::warn!(%error, "the journal does not say that nothing is waited for");
+        }
+    }
+
     /// All pages are in.
     fn complete_drain(&mut self) {
         if let Some(drain) = &mut self.drain {
@@ -314,6 +320,7 @@ impl Session<'_, '_, '_> {
         }
         let deadline = Instant::now() + LINGER;
         self.send_drained();
+        self.journal_drained(None);
         // A source that does not know it yet comes again.
         while let Some(input) = self.next(deadline) {
             match input {
@@ -363,7 +370,7 @@ impl Session<'_, '_, '_> {
         }
         self.stop_faults();
         if let Some(missing) = self.drain.as_ref().map(|drain| drain.arrivals.left()) {
-            self.journal_missing(Some(missing));
+            self.journal_drained(Some(missing));
         }
         self.reasons.push(why.to_owned());
         // Who loses another connection first would not know why.

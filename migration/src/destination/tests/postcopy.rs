@@ -243,6 +243,56 @@ fn only_who_has_the_token_goes_on_with_what_was_interrupted() {
     assert!(report.confirmed && report.drain.unwrap().complete);
 }
 
+/// What somebody who asks to go on is told by a host to which nothing comes at present.
+fn word_of(bench: &Bench, token: [u8; 16]) -> Option<RecordType> {
+    let over = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        let is_over = |_: &[MigrationId]| over.load(std::sync::atomic::Ordering::Relaxed);
+        let timing = Timing::default();
+        let door =
+            scope.spawn(move || answer_queries(&bench.network, &bench.journal, timing, &is_over));
+        let transport = bench.network.connect(Duration::ZERO).unwrap();
+        let stream = || Stream(Arc::clone(&transport));
+        let mut out = RecordWriter::new(stream(), StreamKind::Continue).unwrap();
+        out.send(&Hello { id: ID, program: "0.1.0", features: 0 }).unwrap();
+        out.send(&Recover { token, connections: 1 }).unwrap();
+        let word =
+            RecordReader::new(stream(), StreamKind::Continue).ok().and_then(|mut records| {
+                let _: Hello<'_> = records.next_record().ok()?.decode("HELLO").ok()?;
+                Some(records.next_record().ok()?.record_type)
+            });
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        door.join().unwrap().unwrap();
+        word
+    })
+}
+
+/// A source gives the only copy of pages up when it is told that nobody waits for them.
+#[test]
+fn only_who_knows_says_that_nothing_is_waited_for() {
+    if !possible() {
+        return;
+    }
+    let bench = Bench::new();
+    assert_eq!(word_of(&bench, [3; 16]), None, "never heard of it");
+    let (report, token) = bench.receive(|network| {
+        let (main, mut pages, _requests, token) = draining(network);
+        assert!(!bench.journal.is_drained(MigrationId(ID), &Token::from_bytes(token)).unwrap());
+        let data = [7; 2 * 4096];
+        pages.out.write(RecordType::Pages, &[&table(&[MISSING]), &data]).unwrap();
+        // What it says at last is lost.
+        let mut records = main.records;
+        while records.next_record().unwrap().record_type != RecordType::Drained {}
+        main.transport.shutdown();
+        token
+    });
+    assert!(report.drain.unwrap().complete);
+    assert_eq!(word_of(&bench, [3; 16]), None, "wrong token");
+    assert_eq!(word_of(&bench, token), Some(RecordType::Refuse));
+    let elsewhere = Bench::new();
+    assert_eq!(word_of(&elsewhere, token), None, "another host");
+}
+
 #[test]
 fn an_unresolved_vm_whose_memory_was_to_follow_can_be_given_up() {
     if !possible() {
