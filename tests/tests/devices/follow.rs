@@ -2,13 +2,14 @@
 
 use std::net::UdpSocket;
 use std::process::Command;
+use std::time::Instant;
 
 use migration::stream::RecordType;
 use serde_json::Value;
 use tests::capture::Rarps;
-use tests::network::{bridge, guest, in_private_network};
+use tests::network::{bridge, guest, in_private_network, ip};
 use tests::numbered::{Numbered, Tally};
-use tests::proxy::{On, Proxy, Spot, Way};
+use tests::proxy::{Cut, On, Proxy, Spot, Way};
 use tests::{add, number, Host, Migrating, Need, Suite, Traffic, Vm, PATIENCE};
 
 use super::{stats_of, GUEST_ADDRESS};
@@ -28,6 +29,7 @@ pub fn add(suite: &mut Suite, needs: &[&Need], postcopy: &[&Need]) {
     add!(suite, postcopy;
         packets_follow_a_guest_before_its_memory,
         packets_of_the_pause_follow_a_guest_before_its_memory,
+        packets_wait_while_a_guest_waits_for_its_memory,
     );
 }
 
@@ -154,6 +156,84 @@ fn packets_of_the_pause_follow_unless_told_not_to() {
 
 fn packets_of_the_pause_follow_a_guest_before_its_memory() {
     assert_eq!(answered(&["--mode", "postcopy"]), (0..=20).collect::<Vec<_>>());
+}
+
+/// Far more than the guest has buffers for, and the tap that the test gives has room for; and so many of them at once.
+const WAITING: u64 = 1536;
+const BURST: usize = 64;
+
+fn packets_wait_while_a_guest_waits_for_its_memory() {
+    let test = || {
+        let (a, b) = (Host::new(), Host::new());
+        let mut vm = start(&a);
+        let net = Traffic::at(1);
+        ip(&["link", "set", Traffic::TAPS[1], "txqueuelen", "100"]).unwrap();
+        let (mut next, address) = b.receive(&net.each_ref().map(String::as_str));
+        let proxy = Proxy::to(&address);
+        // What is pushed does not come far, and without its source the guest stands after a second.
+        let slow = [
+            "--mode",
+            "postcopy",
+            "--bandwidth",
+            "64K",
+            "--prepaging",
+            "off",
+            "--dead-after",
+            "1s",
+        ];
+        let migrating = Migrating::start(&a, &proxy.address(), &slow);
+        let until = |state: &str, pointer: &str, command: &[&str]| {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let finished = b.cli(command);
+                let answer: Value = serde_json::from_str(&finished.stdout).unwrap_or_default();
+                if answer
+                    .pointer(pointer)
+                    .is_some_and(|at| at.to_string().trim_matches('"') == state)
+                {
+                    return;
+                }
+                assert!(Instant::now() < deadline, "{pointer} is not {state}: {finished:#?}");
+                std::thread::yield_now();
+            }
+        };
+        until("draining", "/current/phase", &["migration", "vm", "--json"]);
+        proxy.close_door(true);
+        proxy.cut(On::Main, Cut::Reset);
+        until("true", "/draining/frozen", &["info", "vm", "--json"]);
+
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(guest(7)).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 16 << 20).unwrap();
+        let backlogged = || number(&stats_of(&b, "net")["counters"], "backlogged");
+        let before = backlogged();
+        for burst in (0..WAITING).step_by(BURST) {
+            for number in burst..burst + BURST as u64 {
+                socket.send(&number.to_le_bytes()).unwrap();
+            }
+            let deadline = Instant::now() + PATIENCE;
+            while backlogged() < before + burst + BURST as u64 {
+                assert!(Instant::now() < deadline, "nobody takes frames from the tap");
+                std::thread::yield_now();
+            }
+        }
+        proxy.close_door(false);
+        a.ok(&["migrate", "vm", "--recover"]);
+        a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
+        assert_eq!(migrating.end().code, Some(0));
+        vm.ends_well();
+        let answers: Vec<u64> = (0..WAITING)
+            .map(|_| {
+                let mut number = [0; 8];
+                socket.recv(&mut number).unwrap();
+                u64::from_le_bytes(number)
+            })
+            .collect();
+        assert!(answers == (0..WAITING).collect::<Vec<_>>(), "in their order: {answers:?}");
+        next.verify();
+    };
+    in_private_network(test).unwrap();
 }
 
 fn a_restored_guest_is_announced() {

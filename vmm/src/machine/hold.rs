@@ -171,6 +171,7 @@ impl DestinationVm for Machine {
     fn set_draining(&self, draining: bool) {
         self.draining.store(draining, Ordering::Release);
         self.virtio.hold_balloon(draining);
+        self.virtio.cards().set_behind(draining);
     }
 
     fn freeze(&self, frozen: bool) -> bool {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use devices::virtio::net::{
@@ -12,6 +12,7 @@ use devices::virtio::{Handle, Progress};
 use migration::{LateFrame, LateFrames};
 
 use super::announce::TIMES;
+use super::backlog::Backlog;
 use super::port::{Bell, Intake, Port, PortBackend, SetOffloads};
 use super::worker::Backend;
 use super::{tap, DiskOwnership, VirtioError};
@@ -28,6 +29,8 @@ struct Plugged {
     id: String,
     handle: Handle<Card, Memory>,
     port: Arc<Port>,
+    /// While memory of the guest is still on its way.
+    backlog: Mutex<Option<Backlog>>,
 }
 
 /// All cards, in the order of the configuration.
@@ -75,7 +78,7 @@ impl Cards {
     }
 
     pub(super) fn plugged(&mut self, id: &str, handle: Handle<Card, Memory>, port: Arc<Port>) {
-        self.cards.push(Plugged { id: id.to_owned(), handle, port });
+        self.cards.push(Plugged { id: id.to_owned(), handle, port, backlog: Mutex::default() });
     }
 
     /// Number of cards.
@@ -118,6 +121,29 @@ impl Cards {
     /// dropped, because the source had it as well.
     pub fn open(&self) {
         self.cards.iter().for_each(|card| card.port.open());
+    }
+
+    /// Memory of the guest is still on its way, or all of it is there: until then frames wait beside the taps, whose
+    /// queues are short, however long the guest or a card's thread waits for a page.
+    pub fn set_behind(&self, behind: bool) {
+        for Plugged { id, handle, port, backlog } in &self.cards {
+            let mut backlog = backlog.lock().unwrap_or_else(PoisonError::into_inner);
+            // One that is there ends first.
+            *backlog = None;
+            port.set_behind(behind);
+            if behind {
+                let look = handle.clone();
+                let started = Backlog::start(id, Arc::clone(port), move || look.look_at(RECEIVE));
+                match started {
+                    Ok(started) => *backlog = Some(started),
+                    Err(error) => {
+                        tracing::warn!(%error, card = id, "no thread for frames that wait for memory");
+                        port.set_behind(false);
+                    }
+                }
+            }
+            handle.look_at(RECEIVE);
+        }
     }
 
     /// Announces all cards to the network, now and on a schedule: the guest is at another port of a switch.
@@ -175,6 +201,10 @@ pub(super) fn backend(card: &Handle<Card, Memory>, port: &Arc<Port>) -> io::Resu
     let ready = {
         let (handle, port) = (card.clone(), Arc::clone(port));
         move || {
+            if port.is_behind() {
+                // Another thread reads the tap, and tells of it.
+                return false;
+            }
             let received = handle.with_queues(|card, context| {
                 // Frames that are left make the tap readable again, but not those that wait before it: the
                 // guest's own have their turn.

@@ -14,6 +14,7 @@
 //! what is on its way there is in nobody's state.
 
 mod announce;
+mod backlog;
 mod cards;
 mod disk;
 mod port;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   the guest runs           Open   tap --> guest, behind what waits
+//!   its memory follows       Open   tap --> waiting --> guest: it may have no buffers for long
 //!   source, guest stopped    Keep   tap --> waiting: for the destination, or for this guest when it goes on
 //!   destination, before it   Drop   tap --> nowhere: what a switch floods is at the source too
 //! ```
@@ -26,8 +27,8 @@ const MAX_FRAME: usize = 65_562;
 /// Header of Ethernet, bytes.
 const ETHERNET: usize = 14;
 /// Most frames that wait, and their bytes.
-const MAX_FRAMES: usize = 4096;
-const MAX_BYTES: usize = 8 << 20;
+const MAX_FRAMES: usize = 16_384;
+const MAX_BYTES: usize = 16 << 20;
 /// Frames that are taken from the tap in one go.
 const BATCH: usize = 256;
 /// Frames of before that are thrown away at most as a guest begins: more than the queue of any tap has.
@@ -98,6 +99,8 @@ pub(super) struct Port {
     queue: Mutex<Queue>,
     /// Number of frames in the queue, to be seen without its lock.
     waiting: AtomicUsize,
+    /// Memory of the guest is still on its way.
+    behind: AtomicBool,
     announcing: AtomicBool,
     link_up: AtomicBool,
 }
@@ -129,6 +132,7 @@ impl Port {
             bell,
             queue: Mutex::new(queue),
             waiting: AtomicUsize::new(0),
+            behind: AtomicBool::new(false),
             announcing: AtomicBool::new(false),
             link_up: AtomicBool::new(true),
         }
@@ -141,6 +145,17 @@ impl Port {
     /// Whether frames wait before those of the tap.
     pub(super) fn is_waited_at(&self) -> bool {
         self.waiting.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether memory of the guest is still on its way: all frames of the tap are to wait in the queue then, where
+    /// [`Port::take_in`] puts them.
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind.load(Ordering::Acquire)
+    }
+
+    /// See [`Port::is_behind`].
+    pub(super) fn set_behind(&self, behind: bool) {
+        self.behind.store(behind, Ordering::Release);
     }
 
     /// Plugs the cable in or out: nothing is announced without it.
@@ -173,17 +188,19 @@ impl Port {
     pub(super) fn take_in(&self) -> bool {
         for _ in 0..BATCH {
             let mut queue = lock(&self.queue);
-            if queue.intake == Intake::Open {
+            if queue.intake == Intake::Open && !self.is_behind() {
                 return false;
             }
             let Ok(len) = read_into(&self.tap, &mut queue.buffer) else { break };
-            match queue.intake {
-                Intake::Drop | Intake::Open => self.metrics.early_dropped.increment(),
-                Intake::Keep => {
-                    let frame = queue.buffer[..len].into();
-                    self.push(&mut queue, frame);
-                }
+            if queue.intake == Intake::Drop {
+                self.metrics.early_dropped.increment();
+                continue;
             }
+            if queue.intake == Intake::Open {
+                self.metrics.backlogged.increment();
+            }
+            let frame = queue.buffer[..len].into();
+            self.push(&mut queue, frame);
         }
         true
     }
@@ -310,7 +327,9 @@ impl NetBackend for PortBackend {
         to: &Buffers<'_, B>,
         overflow: &mut [u8],
     ) -> io::Result<usize> {
-        if self.port.waiting.load(Ordering::Acquire) > 0 {
+        // Before the look at what waits: once it is false nobody else reads the tap.
+        let behind = self.port.is_behind();
+        if self.port.is_waited_at() {
             if let Some(frame) = self.port.pop() {
                 let copied = to.copy_from(0, &frame.bytes);
                 let rest = &frame.bytes[copied..];
@@ -318,6 +337,9 @@ impl NetBackend for PortBackend {
                 overflow[..rest.len()].copy_from_slice(rest);
                 return Ok(frame.bytes.len());
             }
+        }
+        if behind {
+            return Err(io::ErrorKind::WouldBlock.into());
         }
         self.tap.read_frame(to, overflow)
     }

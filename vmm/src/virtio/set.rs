@@ -128,6 +128,7 @@ impl VirtioSet {
                 announcements,
                 announced,
                 kept,
+                backlogged,
                 kept_dropped,
                 late,
                 early_dropped

@@ -19,6 +19,11 @@ const END: Duration = Duration::from_secs(2);
 /// Longest name of a thread that Linux shows (TASK_COMM_LEN), bytes.
 const MAX_NAME: usize = 15;
 
+/// What Linux shows of the name of a thread.
+pub(super) fn short_name(name: &str) -> String {
+    name.chars().take(MAX_NAME).collect()
+}
+
 /// The notifications of a device: one eventfd for each queue.
 pub(super) struct Kicks(Vec<EventFd>);
 
@@ -70,8 +75,7 @@ impl Worker {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let events = Events::new(&kicks, &stop, backend.as_ref())?;
         let (ending, ended) = mpsc::channel::<()>();
-        let name: String = name.chars().take(MAX_NAME).collect();
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let thread = std::thread::Builder::new().name(short_name(name)).spawn(move || {
             sandbox::enter(ThreadKind::of_device(control.name()));
             run(events, &*control, &kicks, backend);
             // Tells `stop` by being dropped.

@@ -25,6 +25,8 @@ pub struct NetMetrics {
     pub announced: Counter,
     /// Frames that were kept for the guest while it could not take them.
     pub kept: Counter,
+    /// Of those, frames of the tap that came while memory of the guest was still on its way.
+    pub backlogged: Counter,
     /// Frames that were not: too many, or too many bytes.
     pub kept_dropped: Counter,
     /// Frames that reached the guest's old host, and came from there.
