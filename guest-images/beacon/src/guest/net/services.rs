@@ -31,8 +31,8 @@ const UDP: usize = 128 << 10;
 const COPY: usize = 16 << 10;
 /// Most bytes that are generated for a connection in a turn.
 const GENERATE: usize = 64 << 10;
-/// Datagrams that are echoed in a turn.
-const ECHOES: usize = 8;
+/// Datagrams that are echoed in a turn: as many as frames are taken, so that few wait in the socket, which has less room than the ring.
+const ECHOES: usize = 16;
 
 /// Counters since boot.
 #[derive(Default)]
