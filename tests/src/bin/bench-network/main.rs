@@ -6,6 +6,7 @@
 //!   subject    who runs and moves the guest
 //!   run        one run: datagrams while it moves from A to B, a download while it moves back
 //!   datagrams  numbered datagrams from C to the guest and back: lost, doubled, the longest silence
+//!   stood      when the guest was switched, by its own clock
 //!   download   TCP from the guest to C: throughput over time
 //!   table      medians, worst runs, targets
 //! ```
@@ -16,6 +17,7 @@ mod datagrams;
 mod download;
 mod options;
 mod run;
+mod stood;
 mod subject;
 mod table;
 
@@ -30,7 +32,7 @@ use serde_json::{json, Value};
 
 use options::{name, Options, MODES, SUBJECTS, TOPOLOGIES};
 use run::Sample;
-use subject::{Mode, Subject};
+use subject::{How, Mode, Subject};
 
 /// What was measured of one subject on one topology in one mode.
 pub struct Cell {
@@ -115,6 +117,7 @@ fn measure(
             let (samples, failures) = (Vec::new(), Vec::new());
             Cell { topology, mode: *mode, subject: *subject, rate, samples, failures }
         }));
+        let how = How { mode: *mode, bandwidth: options.bandwidth };
         for run in 0..options.runs {
             for turn in 0..subjects.len() {
                 let cell: &mut Cell = &mut cells[first + (run + turn) % subjects.len()];
@@ -125,7 +128,7 @@ fn measure(
                 ]
                 .join(", ");
                 let (now, all) = (run + 1, options.runs);
-                match run::sample(tools, &sites, topology, cell.subject, *mode, rate) {
+                match run::sample(tools, &sites, topology, cell.subject, how, rate) {
                     Ok(sample) => {
                         eprintln!("{what}, run {now} of {all}: {}", sample.summary());
                         cell.samples.push(sample);

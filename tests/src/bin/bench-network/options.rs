@@ -7,7 +7,8 @@ use ::tests::topology::Topology;
 use crate::subject::{Mode, Subject};
 
 const USAGE: &str = "\
-Usage: bench-network [--quick] [--topology LIST] [--mode LIST] [--subjects LIST] [--rate N] [--runs N] [--json FILE]
+Usage: bench-network [--quick] [--topology LIST] [--mode LIST] [--subjects LIST] [--rate N] [--runs N] [--bandwidth MIB]
+                     [--json FILE]
 
   --topology LIST  bridge, vxlan, ovs, nat [default: all that can be had here]
   --mode LIST      precopy, postcopy [default: both]
@@ -15,6 +16,7 @@ Usage: bench-network [--quick] [--topology LIST] [--mode LIST] [--subjects LIST]
   --rate N         datagrams per second to the guest and back [default: 10000, or what the guest sustains without
                    a migration]
   --runs N         runs of each [default: 10]
+  --bandwidth MIB  move at most so many MiB of memory per second [default: no limit]
   --quick          bridge and two runs: a look, no figures
   --json FILE      write all samples to FILE: throughput in bins of 10 ms among them
 
@@ -45,6 +47,8 @@ pub struct Options {
     pub rate: u64,
     /// Runs of each.
     pub runs: usize,
+    /// MiB per second that memory moves with at most.
+    pub bandwidth: Option<u64>,
     /// Where samples go.
     pub json: Option<PathBuf>,
 }
@@ -73,6 +77,7 @@ impl Options {
             subjects: SUBJECTS.map(|(_, subject)| subject).to_vec(),
             rate: 10_000,
             runs: 10,
+            bandwidth: None,
             json: None,
         };
         while let Some(argument) = arguments.next() {
@@ -88,6 +93,7 @@ impl Options {
                 "--subjects" => options.subjects = chosen(&value()?, &SUBJECTS)?,
                 "--rate" => options.rate = number(value()?)?,
                 "--runs" => options.runs = number(value()?)? as usize,
+                "--bandwidth" => options.bandwidth = Some(number(value()?)?),
                 "--json" => options.json = Some(value()?.into()),
                 "--help" | "-h" => return Err(USAGE.to_owned()),
                 other => return Err(format!("{other} is not known\n{USAGE}")),
@@ -110,11 +116,13 @@ mod tests {
     fn lists_choose() {
         let all = parse("").unwrap();
         assert_eq!((all.topologies.len(), all.modes.len(), all.runs), (4, 2, 10));
-        let some =
-            parse("--quick --topology nat,ovs --mode postcopy --subjects qemu --rate 7").unwrap();
+        let some = parse(
+            "--quick --topology nat,ovs --mode postcopy --subjects qemu --rate 7 --bandwidth 50",
+        )
+        .unwrap();
         assert_eq!(some.topologies, [Topology::Nat, Topology::Ovs]);
         assert_eq!((some.modes, some.subjects), (vec![Mode::Postcopy], vec![Subject::Qemu]));
-        assert_eq!((some.rate, some.runs), (7, 2));
+        assert_eq!((some.rate, some.runs, some.bandwidth), (7, 2, Some(50)));
     }
 
     #[test]

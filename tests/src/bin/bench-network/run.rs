@@ -12,7 +12,7 @@ use serde_json::{json, Value};
 
 use crate::datagrams::{Datagrams, Stream};
 use crate::download::{Course, Download, BIN};
-use crate::subject::{Mode, Moved, Running, Subject};
+use crate::subject::{How, Mode, Moved, Running, Subject};
 
 /// Ports of beacon's services.
 const ECHO: u16 = 7;
@@ -36,8 +36,11 @@ pub struct Sample {
     pub doubled: u64,
     /// What would have been lost in that time as before it.
     pub lost_anyway: f64,
-    /// The longest time without an answer from the order on, ms.
+    /// The longest time without an answer from the order on, ms; if that can be told apart, of those that the guest's
+    /// standing is a part of.
     pub silence_ms: f64,
+    /// The longest of the others, ms, if that can be told apart.
+    pub other_silence_ms: Option<f64>,
     /// The longest time before it, ms.
     pub silence_before_ms: f64,
     /// How long the guest stood, ms.
@@ -59,7 +62,9 @@ impl Sample {
     /// For who waits.
     pub fn summary(&self) -> String {
         let (lost, silence, gap) = (self.lost_by_move(), self.silence_ms, self.gap_ms);
-        format!("{lost:.0} of {} lost, silence {silence:.1} ms, gap {gap:.1} ms", self.sent)
+        let other =
+            self.other_silence_ms.map_or(String::new(), |ms| format!(", another {ms:.1} ms"));
+        format!("{lost:.0} of {} lost, silence {silence:.1} ms, gap {gap:.1} ms{other}", self.sent)
     }
 
     /// All of it.
@@ -68,7 +73,7 @@ impl Sample {
         json!({
             "sent": self.sent, "lost": self.lost, "doubled": self.doubled, "lost_anyway": self.lost_anyway,
             "lost_by_move": self.lost_by_move(), "silence_ms": self.silence_ms,
-            "silence_before_ms": self.silence_before_ms, "gap_ms": self.gap_ms,
+            "other_silence_ms": self.other_silence_ms, "silence_before_ms": self.silence_before_ms, "gap_ms": self.gap_ms,
             "download": self.course.as_ref().map(|course| json!({
                 "bin_ms": ms(BIN), "bytes_per_bin": course.bins, "order_bin": course.order,
                 "bytes_per_s_before": course.before, "silence_ms": ms(course.silence),
@@ -94,18 +99,26 @@ pub fn sample(
     sites: &Sites,
     topology: Topology,
     subject: Subject,
-    mode: Mode,
+    how: How,
     rate: u64,
 ) -> Result<Sample> {
     if topology == Topology::Nat {
-        return behind_translation(tools, sites, subject, mode, rate);
+        return behind_translation(tools, sites, subject, how, rate);
     }
     let Sites { a, b, c, .. } = sites;
-    let mut running = subject.boot(tools, a, mode, LOAD)?;
+    let mut running = subject.boot(tools, a, how, LOAD)?;
     answers(c);
     let (moved, stream, begin, end) = under_datagrams(&mut running, sites, rate)?;
     let (sent, lost, doubled) = stream.between(moved.order, end);
     let (sent_before, lost_before, _) = stream.between(begin, moved.order);
+
+    let (silence, other) = match moved.stood {
+        Some(stood) => {
+            let (silence, other) = stream.silences(moved.order, end, stood);
+            (silence, Some(other))
+        }
+        None => (stream.silence(moved.order, end), None),
+    };
 
     let from = address(CHARGEN)?;
     let download = c.place.on(move || Download::start(from).map_err(|error| error.to_string()))?;
@@ -124,7 +137,8 @@ pub fn sample(
         lost,
         doubled,
         lost_anyway: lost_before as f64 * sent as f64 / sent_before.max(1) as f64,
-        silence_ms: stream.silence(moved.order, end).as_secs_f64() * 1e3,
+        silence_ms: silence.as_secs_f64() * 1e3,
+        other_silence_ms: other.map(|other| other.as_secs_f64() * 1e3),
         silence_before_ms: stream.silence(begin, moved.order).as_secs_f64() * 1e3,
         gap_ms: moved.gap_ms,
         course: Some(course),
@@ -157,13 +171,13 @@ fn behind_translation(
     tools: &Arc<Tools>,
     sites: &Sites,
     subject: Subject,
-    mode: Mode,
+    how: How,
     rate: u64,
 ) -> Result<Sample> {
     let Sites { a, b, c, .. } = sites;
     let port = c.place.on(|| echo_service().map_err(|error| error.to_string()))?;
     let options = format!("{LOAD} gw={HOST_ADDRESS} udp-to={}:{port} udp-rate={rate}", c.address());
-    let mut running = subject.boot(tools, a, mode, &options)?;
+    let mut running = subject.boot(tools, a, how, &options)?;
     sleep(SETTLE);
     running.guest.ask("mark", "mark")?;
     let begin = running.guest.ask("report", "report")?;
@@ -191,6 +205,7 @@ fn behind_translation(
         doubled: passed("udp_duplicates", &before, &after)?,
         lost_anyway: lost_before as f64 * sent as f64 / sent_before.max(1) as f64,
         silence_ms: ms(&after)?,
+        other_silence_ms: None,
         silence_before_ms: ms(&before)?,
         gap_ms: moved.gap_ms,
         course: None,
@@ -215,7 +230,8 @@ fn echo_service() -> Result<u16> {
 /// The highest rate up to `wanted`, halved as often as needed, at which a guest that stays loses nothing.
 pub fn sustained(tools: &Arc<Tools>, sites: &Sites, wanted: u64) -> Result<u64> {
     const LEAST: u64 = 100;
-    let running = Subject::Minivmm.boot(tools, &sites.a, Mode::Precopy, LOAD)?;
+    let how = How { mode: Mode::Precopy, bandwidth: None };
+    let running = Subject::Minivmm.boot(tools, &sites.a, how, LOAD)?;
     answers(&sites.c);
     let mut rate = wanted;
     loop {

@@ -8,6 +8,8 @@ use ::tests::network::{ip, GUEST_ADDRESS};
 use ::tests::topology::{Site, MAC};
 use serde_json::{json, Value};
 
+use crate::stood::{stood, Moment};
+
 /// Memory of the guest, MiB.
 const MEMORY_MIB: u64 = 256;
 /// The pauses that they may make; of QEMU's, what it mostly keeps to is less.
@@ -36,11 +38,20 @@ pub enum Mode {
     Postcopy,
 }
 
+/// How a guest moves.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    /// How its memory follows.
+    pub mode: Mode,
+    /// At most so many MiB of it per second.
+    pub bandwidth: Option<u64>,
+}
+
 /// A guest that runs, and what it runs in.
 pub struct Running {
     tools: Arc<Tools>,
     subject: Subject,
-    mode: Mode,
+    how: How,
     options: String,
     /// The guest.
     pub guest: Guest,
@@ -50,6 +61,8 @@ pub struct Running {
 pub struct Moved {
     /// When the order was given.
     pub order: Instant,
+    /// From when until when the guest stood, if that can be told by this host's clock.
+    pub stood: Option<(Instant, Instant)>,
     /// How long the guest stood, by its own clock, ms.
     pub gap_ms: f64,
     /// What the VMM reports of it.
@@ -67,13 +80,7 @@ fn at<R: Send + 'static>(
 
 impl Subject {
     /// Boots the guest at `site`, on the network `blue` there.
-    pub fn boot(
-        self,
-        tools: &Arc<Tools>,
-        site: &Site,
-        mode: Mode,
-        options: &str,
-    ) -> Result<Running> {
+    pub fn boot(self, tools: &Arc<Tools>, site: &Site, how: How, options: &str) -> Result<Running> {
         let options = format!("virtio=irq ip={GUEST_ADDRESS} report=0 fpu=sse {options}");
         let mut guest = match self {
             Self::Minivmm => {
@@ -93,21 +100,15 @@ impl Subject {
                 let command = site.host.command(&args);
                 at(site, move || Guest::start(command, Wiring::Console))?
             }
-            Self::Qemu => qemu(tools, site, mode, &options, false)?,
+            Self::Qemu => qemu(tools, site, how, &options, false)?,
         };
         guest.event("ready")?;
-        Ok(Running { tools: Arc::clone(tools), subject: self, mode, options, guest })
+        Ok(Running { tools: Arc::clone(tools), subject: self, how, options, guest })
     }
 }
 
 /// Boots beacon in QEMU at `site`, or has QEMU wait for it.
-fn qemu(
-    tools: &Arc<Tools>,
-    site: &Site,
-    mode: Mode,
-    options: &str,
-    incoming: bool,
-) -> Result<Guest> {
+fn qemu(tools: &Arc<Tools>, site: &Site, how: How, options: &str, incoming: bool) -> Result<Guest> {
     let setup = Setup {
         memory_mib: MEMORY_MIB,
         cpus: 1,
@@ -126,11 +127,12 @@ fn qemu(
         let mut guest = tools.qemu_movable(&name, &setup, incoming)?;
         let qmp = guest.qmp()?;
         let mut capabilities = vec![json!({ "capability": "events", "state": true })];
-        if mode == Mode::Postcopy {
+        if how.mode == Mode::Postcopy {
             capabilities.push(json!({ "capability": "postcopy-ram", "state": true }));
         }
         qmp.command("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
-        let limits = json!({ "max-bandwidth": UNLIMITED, "downtime-limit": QEMU_DOWNTIME_MS });
+        let bandwidth = how.bandwidth.map_or(UNLIMITED, |mib| mib << 20);
+        let limits = json!({ "max-bandwidth": bandwidth, "downtime-limit": QEMU_DOWNTIME_MS });
         qmp.command("migrate-set-parameters", limits)?;
         Ok(guest)
     })
@@ -146,13 +148,15 @@ fn completed(qmp: &mut Qmp) -> Result<()> {
 impl Running {
     /// Moves the guest from one host to the other, until its source has let go of it.
     pub fn migrate(&mut self, from: &Site, to: &Site) -> Result<Moved> {
+        let begin = Moment::now();
         let (order, report) = match self.subject {
             Subject::Minivmm => self.migrate_minivmm(from, to)?,
             Subject::Qemu => self.migrate_qemu(to)?,
         };
         let switch = self.guest.event("switch")?.event;
+        let stood = stood(&switch, begin, Moment::now());
         let gap = switch["gap_us"].as_f64().ok_or("the guest does not say how long it stood")?;
-        Ok(Moved { order, gap_ms: gap / 1e3, report })
+        Ok(Moved { order, stood, gap_ms: gap / 1e3, report })
     }
 
     fn migrate_minivmm(&mut self, from: &Site, to: &Site) -> Result<(Instant, Value)> {
@@ -166,10 +170,13 @@ impl Running {
             Ok((guest, line))
         })?;
         let address = line.split_once(LISTENS).map_or("", |(_, address)| address.trim());
-        let mode = if self.mode == Mode::Precopy { "precopy" } else { "postcopy" };
+        let mode = if self.how.mode == Mode::Precopy { "precopy" } else { "postcopy" };
         let args =
             ["migrate", "vm", "--to", address, "--mode", mode, "--downtime", DOWNTIME, "--json"];
         let mut command = from.host.command(&args);
+        if let Some(mib) = self.how.bandwidth {
+            command.args(["--bandwidth", &format!("{mib}M")]);
+        }
         let (order, output) = at(from, move || Ok((Instant::now(), command.output()?)))?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -181,7 +188,7 @@ impl Running {
     }
 
     fn migrate_qemu(&mut self, to: &Site) -> Result<(Instant, Value)> {
-        let mut next = qemu(&self.tools, to, self.mode, &self.options, true)?;
+        let mut next = qemu(&self.tools, to, self.how, &self.options, true)?;
         let qmp = next.qmp()?;
         qmp.command("migrate-incoming", json!({ "uri": format!("tcp:{}:0", to.address()) }))?;
         let state = qmp.command("query-migrate", json!({}))?;
@@ -191,7 +198,7 @@ impl Running {
         let qmp = self.guest.qmp()?;
         let order = Instant::now();
         qmp.command("migrate", json!({ "uri": uri }))?;
-        if self.mode == Mode::Postcopy {
+        if self.how.mode == Mode::Postcopy {
             qmp.event("begin of the migration", |event| {
                 event["event"] == "MIGRATION" && event["data"]["status"] == "active"
             })?;

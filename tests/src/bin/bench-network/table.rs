@@ -54,8 +54,8 @@ fn back_after_switch(sample: &Sample) -> Option<f64> {
 pub fn table(cells: &[Cell]) -> String {
     let mut text = String::from(
         "| topology | mode | | datagrams/s | lost by the move, median (worst) | runs without loss | doubled \
-         | silence, ms | of which the guest stood | silence before | download, MiB/s | its silence, ms \
-         | back at 90 % after, ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
+         | silence of the switch, ms | of which the guest stood | another | silence before | download, MiB/s | its silence, ms \
+         | back at 90 % after, ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for cell in cells {
         let Cell { samples, failures, .. } = cell;
@@ -86,6 +86,7 @@ pub fn table(cells: &[Cell]) -> String {
             samples.iter().map(|sample| sample.doubled).sum::<u64>().to_string(),
             show(&|sample| Some(sample.silence_ms)),
             show(&|sample| Some(sample.gap_ms)),
+            show(&|sample| sample.other_silence_ms),
             show(&|sample| Some(sample.silence_before_ms)),
             median(&rate).map_or("n/a".to_owned(), |rate| format!("{rate:.0}")),
             show(&ms),
