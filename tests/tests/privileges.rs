@@ -8,7 +8,10 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use serde_json::Value;
-use tests::{add, binary, kvm, namespaces, root, Host, Migrating, Suite, Vm, PATIENCE};
+use tests::network::in_private_network;
+use tests::{
+    add, binary, kvm, namespaces, network_namespaces, root, Host, Migrating, Suite, Vm, PATIENCE,
+};
 
 const GUEST: &str = "ws=8 dirty=1000 pattern=random report=250 pace=0";
 /// A user and groups that nobody else has.
@@ -30,6 +33,9 @@ fn main() -> ExitCode {
     add!(suite, &[&kvm(), &root()];
         a_receiver_gives_roots_powers_up,
         a_receiver_that_cannot_become_the_user_says_why,
+    );
+    add!(suite, &[&kvm(), &root(), &network_namespaces()];
+        a_receiver_without_roots_powers_says_what_its_network_needs,
     );
     suite.run()
 }
@@ -222,6 +228,31 @@ fn a_receiver_gives_roots_powers_up() {
     tests::finish(set_user(&b, &program, &["save", "vm", &saved]), b"").ok();
     assert_eq!(fs::metadata(&saved).unwrap().uid(), USER);
     destination.verify();
+}
+
+fn a_receiver_without_roots_powers_says_what_its_network_needs() {
+    let test = || {
+        let (a, b) = (Host::new(), Host::new());
+        for (host, name) in [(&a, "here"), (&b, "there")] {
+            host.ok(&["network", "create", name, "--type", "bridge"]);
+        }
+        let mut source = a.run(GUEST, &["--net", "id=net,network=here"]).ready();
+        give_to_user(&b, USER);
+        let user = format!("{USER}:{GROUP}");
+        let (mut destination, to) = b.receive(&["--user", &user, "--net", "net=network=there"]);
+        let refused = a.cli(&["migrate", "vm", "--to", &to]);
+        assert_eq!(refused.code, Some(1), "{refused:#?}");
+        let finished = destination.end();
+        for text in [&refused.stdout, &finished.stderr] {
+            for word in
+                ["network card net", "network=there", "CAP_NET_ADMIN", "--user", "--net CARD=NAME"]
+            {
+                assert!(text.contains(word), "nothing about {word}: {text}");
+            }
+        }
+        source.verify();
+    };
+    in_private_network(test).unwrap();
 }
 
 fn a_receiver_that_cannot_become_the_user_says_why() {

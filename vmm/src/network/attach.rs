@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use rustix::thread::{capabilities, CapabilitySet};
+
 use super::links::Found;
 use super::{bridge, usable, Links, NetworkError};
 use crate::config::{Attachment, Mac, NetConfig};
@@ -58,8 +60,16 @@ pub fn obstacles(nets: &[NetConfig], comes_from: Option<&str>) -> Vec<NetworkErr
     nets.iter().filter_map(|net| obstacle(net, comes_from).err()).collect()
 }
 
+/// Whether this process may change networks. Where that cannot be told, the attempt tells.
+fn may_make_taps() -> bool {
+    capabilities(None).map_or(true, |all| all.effective.contains(CapabilitySet::NET_ADMIN))
+}
+
 fn obstacle(net: &NetConfig, comes_from: Option<&str>) -> Result<(), NetworkError> {
     let at_card = |error| NetworkError::Card { card: net.id.clone(), error: Box::new(error) };
+    if net.attachment.tap().is_none() && !may_make_taps() {
+        return Err(at_card(NetworkError::Unprivileged { to: net.attachment.to_string() }));
+    }
     let Some(Place { bridge, mtu }) = place(&net.attachment).map_err(at_card)? else {
         return Ok(());
     };

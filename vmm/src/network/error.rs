@@ -85,6 +85,12 @@ pub enum NetworkError {
     /// Not for this user.
     #[error("no permission to change networks: run as root, or with the capability CAP_NET_ADMIN (setcap cap_net_admin+ep, or AmbientCapabilities= of a service)")]
     Permission,
+    /// Not for this process, which is to make a tap for a card.
+    #[error("a card with {to} needs a tap that is made for it, for which this process lacks the capability CAP_NET_ADMIN (--user gives it up): grant it, or make a tap for the process' user (ip tuntap add dev NAME mode tap vnet_hdr user USER), put it there, and plug the card into that (tap=NAME; at a destination --net CARD=NAME)")]
+    Unprivileged {
+        /// What the card is to be plugged into.
+        to: String,
+    },
     /// A program that does a part of it.
     #[error("{program} cannot be started: {error}; install it (Debian: the package {package})")]
     NoProgram {

@@ -294,6 +294,7 @@ pub(super) const PROCESS: &[&[c_long]] = &[
         SYS_accept4,
         SYS_arch_prctl,
         SYS_bind,
+        SYS_capget,
         SYS_connect,
         SYS_dup,
         SYS_dup2,
