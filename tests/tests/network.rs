@@ -16,12 +16,16 @@ mod declared;
 mod follow;
 #[path = "network/nat.rs"]
 mod nat;
+#[path = "network/readme.rs"]
+mod readme;
 #[path = "network/refused.rs"]
 mod refused;
 #[path = "network/silent.rs"]
 mod silent;
 #[path = "network/switch.rs"]
 mod switch;
+#[path = "network/underlay6.rs"]
+mod underlay6;
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();
@@ -34,6 +38,8 @@ fn main() -> ExitCode {
     follow::add(&mut suite, &needs);
     nat::add(&mut suite, &needs, &nft);
     silent::add(&mut suite, &needs);
+    underlay6::add(&mut suite, &needs);
+    readme::add(&mut suite, &needs);
     suite.run()
 }
 

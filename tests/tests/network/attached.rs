@@ -145,7 +145,16 @@ fn an_address_is_on_a_network_once() {
             &["the VM vm has a card with the address 52:54:00:00:00:01 on network=lan"],
         );
         let elsewhere = ["--name", "third", "--net", "id=net,network=other,mac=52:54:00:00:00:01"];
-        run(&host, &elsewhere);
+        let mut third = run(&host, &elsewhere);
+        // Nor does one come there.
+        let (mut destination, address) = host.receive(&["--net", "net=network=lan"]);
+        let refused = host.cli(&["migrate", "third", "--to", &address]);
+        assert_eq!(refused.code, Some(1), "{refused:#?}");
+        let finished = destination.end();
+        for text in [&refused.stdout, &finished.stderr] {
+            assert!(text.contains("the VM vm has a card with the address"), "{text}");
+        }
+        third.verify();
     };
     in_private_network(test).unwrap();
 }
