@@ -15,7 +15,7 @@ help:
 	@echo 'make bench-postcopy   post-copy beside QEMU, with targets, half an hour; ARGS=--quick for a look'
 	@echo 'make bench-network   traffic of a guest that moves, beside QEMU, with targets, half an hour; ARGS=--quick for a look'
 	@echo 'make fuzz   the fuzz targets of devices, engine and VMM, FUZZ_SECONDS (60) each; needs cargo-fuzz'
-	@echo 'make soak   every fault in every phase of a migration, then 50 moves of one VM with faults on the way; half an hour'
+	@echo 'make soak   every fault in every phase of a migration, every way of post-copy, then 50 moves of one VM with faults on the way; half an hour'
 	@echo 'make build  the release binary, target/release/minivmm'
 
 build:

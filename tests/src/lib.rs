@@ -7,6 +7,7 @@
 //!   Host      a runtime directory of its own and a place for files; runs commands to their end
 //!   Vm        a `minivmm run` or `restore` that goes on, with beacon's events as they come
 //!   Migrating a `minivmm migrate` that is under way; proxy, the network that it goes through
+//!   ways      the ways in which memory follows a guest; pairwise, a choice of cases
 //!   Traffic   a guest with every device at work, and the host's side of its network
 //!   Snapshot  a saved VM, opened with the library; Records, the same file as bytes to be damaged
 //! ```
@@ -33,6 +34,7 @@ mod needs;
 pub mod network;
 pub mod numbered;
 pub mod open_vswitch;
+mod pairs;
 pub mod ping;
 pub mod place;
 mod process;
@@ -42,6 +44,7 @@ mod suite;
 pub mod topology;
 mod traffic;
 mod vm;
+pub mod ways;
 mod witness;
 
 use std::time::Duration;
@@ -51,6 +54,7 @@ pub use guest::Guest;
 pub use host::{binary, Host};
 pub use migrating::Migrating;
 pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, userfaultfd, HugePages};
+pub use pairs::{pairwise, Fields};
 pub use process::{finish, tied, wait, Collected, Finished};
 pub use snapshot::{Records, Snapshot};
 pub use suite::{Need, Suite};

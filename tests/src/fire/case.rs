@@ -4,6 +4,7 @@ use std::fmt;
 
 use migration::stream::RecordType;
 
+use crate::pairs::Fields;
 use crate::proxy::{On, Spot, Way};
 
 /// What goes wrong.
@@ -136,6 +137,18 @@ const PHASES: [Phase; 9] = [
     Phase::Resumed,
     Phase::Done,
 ];
+
+impl Fields for Case {
+    fn fields(&self) -> Vec<String> {
+        let Self { fault, phase, connections, mode } = self;
+        vec![
+            format!("{fault:?}"),
+            format!("{phase:?}"),
+            connections.to_string(),
+            mode.name().to_owned(),
+        ]
+    }
+}
 
 impl Case {
     /// All that can be.

@@ -2,7 +2,6 @@
 //!
 //! ```text
 //!   Case        a fault, a phase, connections, a mode; what may come of it
-//!   pairwise    a choice of cases in which every two of these meet
 //!   Scene       a VM, a destination, and a proxy between them
 //!   run         one case, from a new VM to its next, successful migration
 //!   run_with    one case with a VM that lives on
@@ -13,12 +12,10 @@
 
 mod case;
 mod hurt;
-mod pairs;
 mod run;
 mod scene;
 
 pub use case::{Case, Fault, Mode, Phase, Runs};
 pub use hurt::{in_private_mounts, Thief};
-pub use pairs::pairwise;
 pub use run::{run, run_with};
 pub use scene::{moves, moves_with, runs, until, Place, Scene, BUSY};

@@ -6,8 +6,8 @@ mod records;
 
 use std::process::ExitCode;
 
-use tests::fire::{pairwise, run, Case, Fault};
-use tests::{kvm, namespaces, Suite};
+use tests::fire::{run, Case, Fault};
+use tests::{kvm, namespaces, pairwise, Suite};
 
 fn main() -> ExitCode {
     let mut suite = Suite::default();

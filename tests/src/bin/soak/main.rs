@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use tests::fire::Case;
+use tests::ways::Way;
 use tests::{kvm, namespaces, network_namespaces, root};
 
 use options::{Options, Work};
@@ -39,8 +40,12 @@ fn main() -> ExitCode {
     };
     match &options.work {
         Work::Help => println!("{}", options::USAGE),
-        Work::Cases => Case::all().iter().for_each(|case| println!("{case}")),
+        Work::Cases => {
+            Case::all().iter().for_each(|case| println!("{case}"));
+            Way::all().iter().for_each(|way| println!("{way}"));
+        }
         Work::Case(case) => matrix::case(*case),
+        Work::Way(way) => matrix::way(*way),
         Work::Moves => chain::run(options.seed, options.moves),
         Work::All { matrix, chain } => return all(&options, *matrix, *chain),
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use ::tests::fire::Case;
+use ::tests::ways::Way;
 
 use crate::random::Random;
 
@@ -11,7 +12,7 @@ Usage: soak [OPTIONS] [PART]
 
 Parts; matrix and chain, unless one is named:
   matrix           every fault in every phase of a migration, with each number of connections and each
-                   mode, each with a VM of its own
+                   mode, each with a VM of its own; and every way in which memory follows its guest
   chain            one VM with disk, network and 2 vCPUs is moved again and again between two hosts, in
                    modes and with connections as they come, compared page by page; on the way
                    migrations of it meet faults
@@ -44,6 +45,8 @@ pub enum Work {
     },
     /// One case, here.
     Case(Case),
+    /// One way in which memory follows, here.
+    Way(Way),
     /// The chain, here.
     Moves,
 }
@@ -84,7 +87,7 @@ impl Options {
                 "matrix" => work = Work::All { matrix: true, chain: false },
                 "chain" => work = Work::All { matrix: false, chain: true },
                 "cases" => work = Work::Cases,
-                "case" => work = Work::Case(case(&value()?)?),
+                "case" => work = case(&value()?)?,
                 "moves" => work = Work::Moves,
                 other => return Err(format!("{other} is not known\n{USAGE}")),
             }
@@ -105,10 +108,10 @@ fn number<T: std::str::FromStr>(what: &str, text: Option<String>) -> Result<Opti
     text.parse().map(Some).map_err(|_| format!("{text:?} is no {what}"))
 }
 
-fn case(name: &str) -> Result<Case, String> {
-    let mut all = Case::all().into_iter();
-    let found = all.find(|case| case.to_string() == name);
-    found.ok_or_else(|| format!("no case {name}: `soak cases` lists them"))
+fn case(name: &str) -> Result<Work, String> {
+    let case = Case::all().into_iter().find(|case| case.to_string() == name).map(Work::Case);
+    let way = || Way::all().into_iter().find(|way| way.to_string() == name).map(Work::Way);
+    case.or_else(way).ok_or_else(|| format!("no case {name}: `soak cases` lists them"))
 }
 
 #[cfg(test)]
@@ -136,6 +139,7 @@ mod tests {
         {
             assert!(parse(line).unwrap_err().contains(word), "{line}");
         }
-        assert!(Case::all().iter().all(|one| case(&one.to_string()) == Ok(*one)));
+        assert!(Case::all().iter().all(|one| case(&one.to_string()) == Ok(Work::Case(*one))));
+        assert!(Way::all().iter().all(|one| case(&one.to_string()) == Ok(Work::Way(*one))));
     }
 }
