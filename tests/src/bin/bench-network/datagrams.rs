@@ -103,24 +103,25 @@ impl Stream {
 
     /// The longest time without an answer from `from` until `to`.
     pub fn silence(&self, from: Instant, to: Instant) -> Duration {
-        self.silences(from, to, (from, to)).0
+        self.silences(from, to, (from, to))[0].0
     }
 
-    /// The longest times without an answer from `from` until `to`: of those that overlap with `stood`, and of the others.
+    /// The longest times without an answer from `from` until `to`, and when they began: of those that overlap with `stood`,
+    /// and of the others.
     pub fn silences(
         &self,
         from: Instant,
         to: Instant,
         stood: (Instant, Instant),
-    ) -> (Duration, Duration) {
+    ) -> [(Duration, Instant); 2] {
         let within = self.answers.iter().map(|(_, at)| *at).filter(|at| (from..to).contains(at));
         let ends = [from].into_iter().chain(within).chain([to]).collect::<Vec<_>>();
         let longest = |overlapping: bool| {
             let overlaps = |pair: &[Instant]| pair[0] <= stood.1 && stood.0 <= pair[1];
             let those = ends.windows(2).filter(|pair| overlaps(pair) == overlapping);
-            those.map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+            those.map(|pair| (pair[1] - pair[0], pair[0])).max().unwrap_or((Duration::ZERO, from))
         };
-        (longest(true), longest(false))
+        [true, false].map(longest)
     }
 }
 
@@ -140,7 +141,7 @@ mod tests {
         assert_eq!(stream.between(at(0), at(10)), (1, 0, 0));
         assert_eq!(stream.silence(at(0), at(40)), Duration::from_millis(24));
         assert_eq!(stream.silence(at(26), at(60)), Duration::from_millis(29));
-        let [of_switch, other] = [5, 24].map(Duration::from_millis);
-        assert_eq!(stream.silences(at(0), at(33), (at(27), at(29))), (of_switch, other));
+        let silences = [(5, 26), (24, 1)].map(|(ms, from)| (Duration::from_millis(ms), at(from)));
+        assert_eq!(stream.silences(at(0), at(33), (at(27), at(29))), silences);
     }
 }

@@ -41,6 +41,8 @@ pub struct Sample {
     pub silence_ms: f64,
     /// The longest of the others, ms, if that can be told apart.
     pub other_silence_ms: Option<f64>,
+    /// When it began, ms from the guest's start at its new host; below zero while it was at the old one.
+    pub other_silence_at_ms: Option<f64>,
     /// The longest time before it, ms.
     pub silence_before_ms: f64,
     /// How long the guest stood, ms.
@@ -62,8 +64,9 @@ impl Sample {
     /// For who waits.
     pub fn summary(&self) -> String {
         let (lost, silence, gap) = (self.lost_by_move(), self.silence_ms, self.gap_ms);
+        let other = self.other_silence_ms.zip(self.other_silence_at_ms);
         let other =
-            self.other_silence_ms.map_or(String::new(), |ms| format!(", another {ms:.1} ms"));
+            other.map_or(String::new(), |(ms, at)| format!(", another {ms:.1} ms at {at:+.0} ms"));
         format!("{lost:.0} of {} lost, silence {silence:.1} ms, gap {gap:.1} ms{other}", self.sent)
     }
 
@@ -73,7 +76,7 @@ impl Sample {
         json!({
             "sent": self.sent, "lost": self.lost, "doubled": self.doubled, "lost_anyway": self.lost_anyway,
             "lost_by_move": self.lost_by_move(), "silence_ms": self.silence_ms,
-            "other_silence_ms": self.other_silence_ms, "silence_before_ms": self.silence_before_ms, "gap_ms": self.gap_ms,
+            "other_silence_ms": self.other_silence_ms, "other_silence_at_ms": self.other_silence_at_ms, "silence_before_ms": self.silence_before_ms, "gap_ms": self.gap_ms,
             "download": self.course.as_ref().map(|course| json!({
                 "bin_ms": ms(BIN), "bytes_per_bin": course.bins, "order_bin": course.order,
                 "bytes_per_s_before": course.before, "silence_ms": ms(course.silence),
@@ -112,12 +115,14 @@ pub fn sample(
     let (sent, lost, doubled) = stream.between(moved.order, end);
     let (sent_before, lost_before, _) = stream.between(begin, moved.order);
 
-    let (silence, other) = match moved.stood {
+    let (silence, other, other_at) = match moved.stood {
         Some(stood) => {
-            let (silence, other) = stream.silences(moved.order, end, stood);
-            (silence, Some(other))
+            let [(silence, _), (other, at)] = stream.silences(moved.order, end, stood);
+            let after = at.saturating_duration_since(stood.1).as_secs_f64();
+            let before = stood.1.saturating_duration_since(at).as_secs_f64();
+            (silence, Some(other), Some((after - before) * 1e3))
         }
-        None => (stream.silence(moved.order, end), None),
+        None => (stream.silence(moved.order, end), None, None),
     };
 
     let from = address(CHARGEN)?;
@@ -139,6 +144,7 @@ pub fn sample(
         lost_anyway: lost_before as f64 * sent as f64 / sent_before.max(1) as f64,
         silence_ms: silence.as_secs_f64() * 1e3,
         other_silence_ms: other.map(|other| other.as_secs_f64() * 1e3),
+        other_silence_at_ms: other_at,
         silence_before_ms: stream.silence(begin, moved.order).as_secs_f64() * 1e3,
         gap_ms: moved.gap_ms,
         course: Some(course),
@@ -206,6 +212,7 @@ fn behind_translation(
         lost_anyway: lost_before as f64 * sent as f64 / sent_before.max(1) as f64,
         silence_ms: ms(&after)?,
         other_silence_ms: None,
+        other_silence_at_ms: None,
         silence_before_ms: ms(&before)?,
         gap_ms: moved.gap_ms,
         course: None,
