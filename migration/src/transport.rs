@@ -64,6 +64,10 @@ pub trait Transport: Send + Sync {
     fn peer(&self) -> String;
 }
 
+/// A backlog from which on it is left to the kernel, whose buffers grow with what is on its way: a bound would end that, and
+/// may not be as large (net.core.wmem_max).
+const MOST_BACKLOG: usize = 2 << 20;
+
 /// Makes connections to one destination.
 pub trait Connector: Send + Sync {
     /// Makes a connection.
@@ -131,6 +135,9 @@ macro_rules! socket_transport {
             }
 
             fn bound_backlog(&self, bytes: usize) {
+                if bytes >= MOST_BACKLOG {
+                    return;
+                }
                 if let Err(error) = sockopt::set_socket_send_buffer_size(self, bytes) {
                     tracing::debug!(%error, "the send buffer stays as it is");
                 }
@@ -326,6 +333,8 @@ mod tests {
             assert_eq!(precedence, 0x10, "{address}");
             // Twice as much as was asked for, for the kernel's own needs (socket(7)).
             assert_eq!(sockopt::socket_send_buffer_size(&socket).unwrap(), 128 << 10);
+            socket.bound_backlog(MOST_BACKLOG);
+            assert_eq!(sockopt::socket_send_buffer_size(&socket).unwrap(), 128 << 10, "as it is");
         }
     }
 }

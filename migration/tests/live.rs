@@ -7,4 +7,5 @@ mod live {
     mod frames;
     mod moves;
     mod postcopy;
+    mod wishes;
 }

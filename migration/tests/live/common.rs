@@ -252,6 +252,24 @@ pub struct Outcome {
     pub arrival: ArrivalReport,
 }
 
+/// Waits until the guest runs at the destination.
+pub fn running(world: &World) -> Arc<SimulatedVm> {
+    loop {
+        match world.host.vm() {
+            Some(vm) if vm.is_running() => return vm,
+            _ => thread::yield_now(),
+        }
+    }
+}
+
+/// Reads all memory as a guest does, and gives every page back.
+pub fn read_all(vm: &SimulatedVm) -> Vec<[u8; 8]> {
+    frames()
+        .into_iter()
+        .map(|gfn| vm.read_page(Gfn(gfn)).unwrap()[..8].try_into().unwrap())
+        .collect()
+}
+
 /// Runs `job` while the guest and a device write to random pages, as fast as `pages` at a time.
 pub fn under_load<T>(vm: &Arc<SimulatedVm>, seed: u64, job: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);

@@ -62,24 +62,6 @@ fn assert_complete(outcome: &super::common::Outcome) -> PostcopyReport {
     postcopy
 }
 
-/// Waits until the guest runs at the destination.
-fn running(world: &World) -> Arc<SimulatedVm> {
-    loop {
-        match world.host.vm() {
-            Some(vm) if vm.is_running() => return vm,
-            _ => thread::yield_now(),
-        }
-    }
-}
-
-/// Reads all memory as a guest does, and gives every page back.
-fn read_all(vm: &SimulatedVm) -> Vec<[u8; 8]> {
-    frames()
-        .into_iter()
-        .map(|gfn| vm.read_page(Gfn(gfn)).unwrap()[..8].try_into().unwrap())
-        .collect()
-}
-
 #[test]
 fn memory_follows_by_push() {
     for (connections, prepaging) in

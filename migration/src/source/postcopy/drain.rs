@@ -33,9 +33,8 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const LAST_WORD: u32 = 12;
 /// A link that is to be kept busy, bytes per second: 10 Gbit/s.
 const FASTEST_LINK: f64 = 1.25e9;
-/// Bytes that the kernel may keep of what is pushed, where the round trip is short; beyond the other it is left to it.
+/// Bytes that the kernel may keep of what is pushed, where the round trip is short.
 const LEAST_BACKLOG: usize = 128 << 10;
-const MOST_BACKLOG: usize = 2 << 20;
 /// The number of the only question of its kind.
 const RETRACT: u32 = 0;
 
@@ -126,9 +125,7 @@ impl Engine<'_, '_, '_> {
         let in_flight = (self.round_trip.as_secs_f64() * FASTEST_LINK) as usize;
         let backlog = in_flight.max(LEAST_BACKLOG) / self.senders.len().max(1);
         for sender in &self.senders {
-            if backlog < MOST_BACKLOG {
-                sender.transport.bound_backlog(backlog);
-            }
+            sender.transport.bound_backlog(backlog);
             // A sender that ended has told why.
             let _ = sender.passes.send(Work::Push(Arc::clone(outflow)));
         }
