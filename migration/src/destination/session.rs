@@ -440,20 +440,24 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
     }
 
     pub(super) fn next(&mut self, deadline: Instant) -> Option<Input> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        match self.inbox.recv_timeout(left).ok()? {
-            Input::Detach => {
-                // Who detaches wants the thread back, but not to lose the VM: only from phases that wait
-                // for somebody else.
-                self.detached = matches!(
-                    self.phase,
-                    DestinationPhase::Unresolved
-                        | DestinationPhase::Owning
-                        | DestinationPhase::Resuming
-                );
-                Some(Input::Detach)
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(left).ok()? {
+                Input::Detach => {
+                    // Who detaches wants the thread back, but not to lose the VM: only from phases that wait
+                    // for somebody else.
+                    self.detached = matches!(
+                        self.phase,
+                        DestinationPhase::Unresolved
+                            | DestinationPhase::Owning
+                            | DestinationPhase::Resuming
+                    );
+                    return Some(Input::Detach);
+                }
+                // Of a connection that was closed here, in place of which there may be another.
+                Input::Lost { generation, .. } if generation != self.generation => {}
+                input => return Some(input),
             }
-            input => Some(input),
         }
     }
 

@@ -14,23 +14,37 @@ use crate::stream::{RecordReader, RecordType, RecordWriter, StreamKind};
 use crate::transport::{Listener, Stream};
 
 mod peer;
+mod retract;
 
 type Out = RecordWriter<Stream>;
 
+fn small_layout() -> MemoryLayout {
+    MemoryLayout::new([PageRange::new(Gfn(0), 16).unwrap()]).unwrap()
+}
+
 /// Offers a VM to a destination that reads the offer and then does `answer`.
 fn offer_to(answer: impl FnOnce(&mut Out, [u8; 16]) + Send) -> (Cause, String) {
-    let layout = MemoryLayout::new([PageRange::new(Gfn(0), 16).unwrap()]).unwrap();
-    let vm = SimulatedVm::new(layout).unwrap();
-    vm.guest_write(Gfn(3), b"contents").unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
-    let network = LocalNetwork::new();
     let timing = Timing {
         alive: Duration::from_millis(100),
         dead: Duration::from_millis(400),
         ..Timing::default()
     };
     let options = SourceOptions { timing, ..SourceOptions::default() };
+    offer_with(options, |_, _, out, id| answer(out, id))
+}
+
+/// As [`offer_to`]; `answer` also has the network for further connections, and the source's words.
+fn offer_with(
+    options: SourceOptions,
+    answer: impl FnOnce(&LocalNetwork, &mut RecordReader<Stream>, &mut Out, [u8; 16]) + Send,
+) -> (Cause, String) {
+    let vm = SimulatedVm::new(small_layout()).unwrap();
+    vm.guest_write(Gfn(3), b"contents").unwrap();
+    // It never converges entirely.
+    vm.set_eager(Gfn(3));
+    let directory = tempfile::tempdir().unwrap();
+    let journal = Journal::open(directory.path()).unwrap();
+    let network = LocalNetwork::new();
     let report = thread::scope(|scope| {
         scope.spawn(|| {
             let transport = network.accept(Duration::from_secs(10)).unwrap().unwrap();
@@ -41,7 +55,7 @@ fn offer_to(answer: impl FnOnce(&mut Out, [u8; 16]) + Send) -> (Cause, String) {
             while records.next_record().unwrap().record_type != RecordType::Offer {}
             let stream = Stream(Arc::clone(&transport));
             let mut out = RecordWriter::new(stream, StreamKind::Migration).unwrap();
-            answer(&mut out, id);
+            answer(&network, &mut records, &mut out, id);
             // Until the source closes it.
             while records.next_record().is_ok() {}
         });

@@ -9,7 +9,7 @@ use std::time::Duration;
 use migration::destination::{answer_queries, Arrival};
 use migration::prepaging::Prepaging;
 use migration::report::Outcome;
-use migration::simulated::{Cut, LocalNetwork, Operation, SimulatedVm};
+use migration::simulated::{Cut, LocalNetwork, Operation};
 use migration::source::{Limits, PostcopyOptions, PostcopyReport, SourceControl, SourceOptions};
 use migration::transport::{Connector, Transport};
 use migration::{Gfn, GuestMemory, MigrationId, Mode, PAGE_BYTES};

@@ -226,9 +226,7 @@ impl Session<'_, '_, '_> {
             self.freeze_or_thaw(connected || arrivals.left() == 0);
             self.tell_draining(connected, None);
             match self.next(Instant::now() + INTERVAL) {
-                Some(Input::Lost { generation, text, .. })
-                    if connected && generation == self.generation =>
-                {
+                Some(Input::Lost { text, .. }) => {
                     self.interrupted(&text);
                     connected = false;
                 }
@@ -471,9 +469,7 @@ impl Session<'_, '_, '_> {
                 Some(Input::Joined { index, records, out, transport }) => {
                     self.take_joined(index, records, out, transport);
                 }
-                Some(Input::Lost { generation, text, cause }) if generation == self.generation => {
-                    return Err(Failure::new(cause, text));
-                }
+                Some(Input::Lost { text, cause, .. }) => return Err(Failure::new(cause, text)),
                 // Looked at when this is over.
                 Some(again @ (Input::GuestEnded | Input::Detach | Input::Recover { .. })) => {
                     // The inbox lives as long as the session.

@@ -240,7 +240,40 @@ fn only_who_has_the_token_goes_on_with_what_was_interrupted() {
         assert!(main.is_closed());
     });
     assert_eq!(report.outcome, Arrival::RunningHere);
-    assert!(report.confirmed && report.drain.unwrap().complete);
+    let drain = report.drain.unwrap();
+    assert!(report.confirmed && drain.complete);
+    // Three connections were lost at once.
+    assert_eq!(drain.interruptions, 1);
+}
+
+/// A source may notice first. That the old connections end is then nothing that concerns the new ones.
+#[test]
+fn a_source_that_comes_again_unexpectedly_goes_on() {
+    if !possible() {
+        return;
+    }
+    let bench = Bench::new();
+    let (report, ()) = bench.receive(|network| {
+        let (_main, _pages, _requests, token) = draining(network);
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        let (mut main, _) = loop {
+            match recover(network, token, 1) {
+                Some(recovered) => break recovered,
+                None => assert!(std::time::Instant::now() < deadline, "it is not let in"),
+            }
+        };
+        let mut pages = Wire::join(network, 0, token).unwrap();
+        let kind = StreamKind::Requests;
+        let _requests = Wire::join_as(network, kind, ROLE_REQUESTS, 0, token).unwrap();
+        let data = [7; 2 * 4096];
+        pages.out.write(RecordType::Pages, &[&table(&[MISSING]), &data]).unwrap();
+        while main.records.next_record().unwrap().record_type != RecordType::Drained {}
+        main.out.send(&Done {}).unwrap();
+        assert!(main.is_closed());
+    });
+    let drain = report.drain.unwrap();
+    assert!(report.confirmed && drain.complete);
+    assert_eq!(drain.interruptions, 1);
 }
 
 /// What somebody who asks to go on is told by a host to which nothing comes at present.

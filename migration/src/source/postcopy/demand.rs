@@ -94,3 +94,70 @@ fn send(
     }
     frozen.send(&mut link.writer, vm, others)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::address::Gfn;
+    use crate::layout::MemoryLayout;
+    use crate::page_set::PageSet;
+    use crate::prepaging::{Plan, Prepaging};
+    use crate::simulated::{LocalNetwork, SimulatedVm};
+    use crate::stream::{decode_pages, encode_runs, RecordReader, RecordWriter, StreamKind};
+    use crate::transport::{Connector, Listener, Stream};
+
+    fn range(start: u64, pages: u64) -> PageRange {
+        PageRange::new(Gfn(start), pages).unwrap()
+    }
+
+    /// What a source of 16 pages answers to records that name runs, and why it ends.
+    fn served(records: &[(RecordType, PageRange)]) -> (Vec<PageRange>, Cause, String) {
+        let layout = MemoryLayout::new([range(0, 16)]).unwrap();
+        let vm = SimulatedVm::new(layout.clone()).unwrap();
+        (0..16).for_each(|gfn| vm.guest_write(Gfn(gfn), &[7]).unwrap());
+        let plan = Plan::new(PageSet::full(&Arc::new(layout.clone())), 1, Prepaging::Off);
+        let network = LocalNetwork::new();
+        let near = network.connect(Duration::ZERO).unwrap();
+        let far = network.accept(Duration::from_secs(10)).unwrap().unwrap();
+        // A record that is taken is not followed by another.
+        near.set_timeouts(Some(Duration::from_secs(10)), None).unwrap();
+        let kind = StreamKind::Requests;
+        let mut out = RecordWriter::new(Stream(Arc::clone(&far)), kind).unwrap();
+        let writer = RecordWriter::new(Stream(Arc::clone(&near)), kind).unwrap();
+        let reader = RecordReader::new(Stream(Arc::clone(&near)), kind).unwrap();
+        let mut answers = RecordReader::new(Stream(Arc::clone(&far)), kind).unwrap();
+        let mut table = Vec::new();
+        for (record_type, run) in records {
+            encode_runs(&[*run], &mut table);
+            out.write(*record_type, &[&table]).unwrap();
+        }
+        let (sender, inbox) = mpsc::channel();
+        let link = Joint { records: reader, writer, transport: Arc::clone(&near) };
+        serve(link, &vm, &[], &Outflow::new(plan, false), &Shared::new(None), &sender);
+        near.shutdown();
+        let mut sent = Vec::new();
+        while let Ok(record) = answers.next_record() {
+            sent.extend(decode_pages(record.payload, &layout).unwrap().0);
+        }
+        match inbox.try_recv().unwrap() {
+            Input::Lost(cause, text) => (sent, cause, text),
+            _ => panic!("it has not ended"),
+        }
+    }
+
+    #[test]
+    fn each_page_is_sent_once_and_what_is_no_request_for_memory_is_a_breach() {
+        let request = |start, pages| (RecordType::Request, range(start, pages));
+        let outside = request(15, 2);
+        let (sent, cause, text) = served(&[request(3, 2), request(4, 2), outside]);
+        assert_eq!(sent, [range(3, 1), range(4, 1), range(5, 1)]);
+        assert!(cause == Cause::Protocol && text.contains("region"), "{cause:?}: {text}");
+        let (sent, cause, text) = served(&[(RecordType::Zero, range(3, 1)), outside]);
+        assert_eq!(sent, []);
+        assert!(cause == Cause::Protocol && text.contains("REQUEST"), "{cause:?}: {text}");
+    }
+}
