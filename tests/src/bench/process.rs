@@ -1,5 +1,6 @@
 //! `beacon` in a process of its own: in minivmm or in QEMU.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -162,8 +163,14 @@ impl Tools {
     }
 
     /// Boots beacon in QEMU with the console on pipes and a monitor beside it, or has QEMU wait to
-    /// be told where an incoming VM comes from. `name` tells QEMUs of one time apart.
-    pub fn qemu_movable(&self, name: &str, setup: &Setup, incoming: bool) -> Result<Guest> {
+    /// be told where an incoming VM comes from. `name` tells QEMUs of one time apart; `more` are further arguments.
+    pub fn qemu_movable(
+        &self,
+        name: &str,
+        setup: &Setup,
+        incoming: bool,
+        more: &[OsString],
+    ) -> Result<Guest> {
         let socket = self.runtime.join(format!("{name}.qmp"));
         if socket.exists() {
             fs::remove_file(&socket)?;
@@ -174,6 +181,7 @@ impl Tools {
         if incoming {
             command.args(["-incoming", "defer"]);
         }
+        command.args(more);
         let mut guest = Guest::start(command, Wiring::Console)?;
         let deadline = Instant::now() + LIMIT;
         let stream = loop {

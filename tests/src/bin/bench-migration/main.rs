@@ -4,6 +4,7 @@
 //! ```text
 //!   options   what is to be measured
 //!   subject   who migrates, under which load; minivmm and qemu: how each is told to
+//!   qemu_faults  how long QEMU's guest waited for pages, by its trace events
 //!   run       one run: boot, migrate, ask the guest, let it verify its memory
 //!   raw       the raw TCP copy
 //!   extra     idle VMs with much RAM; a guest that is moved many times
@@ -17,6 +18,7 @@ mod extra;
 mod minivmm;
 mod options;
 mod qemu;
+mod qemu_faults;
 mod raw;
 mod run;
 mod sample;

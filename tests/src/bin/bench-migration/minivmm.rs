@@ -31,7 +31,8 @@ pub fn receive(tools: &Tools) -> Result<Incoming> {
     let line = guest.hear(LISTENS)?;
     let address = line.split_once(LISTENS).and_then(|(_, rest)| rest.split_whitespace().next());
     let address = address.ok_or_else(|| format!("no address in {line:?}"))?;
-    Ok(Incoming { address: address.trim_end_matches([',', '.']).to_owned(), guest })
+    let address = address.trim_end_matches([',', '.']).to_owned();
+    Ok(Incoming { address, guest, faults: None })
 }
 
 /// `minivmm migrate`, to its end: `mode` and its flags.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use ::tests::bench::{Guest, Qmp, Result, Setup, Tools};
 use serde_json::{json, Value};
 
+use crate::qemu_faults::FaultTrace;
 use crate::sample;
 use crate::subject::{Incoming, Moved, Subject, Told};
 
@@ -18,21 +19,25 @@ const TELLS: Duration = Duration::from_secs(5);
 
 /// Boots beacon, ready to be migrated.
 pub fn boot(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Result<Guest> {
-    let mut guest = tools.qemu_movable(name, setup, false)?;
+    let mut guest = tools.qemu_movable(name, setup, false, &[])?;
     prepare(guest.qmp()?, subject)?;
     Ok(guest)
 }
 
 /// A QEMU that listens.
 pub fn receive(tools: &Tools, subject: Subject, name: &str, setup: &Setup) -> Result<Incoming> {
-    let mut guest = tools.qemu_movable(name, setup, true)?;
+    let faults = subject.is_postcopy().then(|| FaultTrace::new(&tools.data)).transpose()?;
+    let trace = faults.as_ref().map(FaultTrace::arguments).unwrap_or_default();
+    let mut guest = tools.qemu_movable(name, setup, true, &trace)?;
     let qmp = guest.qmp()?;
     prepare(qmp, subject)?;
     qmp.command("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
     let state = qmp.command("query-migrate", json!({}))?;
     let address = &state["socket-address"][0];
     match (address["host"].as_str(), address["port"].as_str()) {
-        (Some(host), Some(port)) => Ok(Incoming { address: format!("{host}:{port}"), guest }),
+        (Some(host), Some(port)) => {
+            Ok(Incoming { address: format!("{host}:{port}"), guest, faults })
+        }
         _ => Err(format!("QEMU does not say where it listens: {state}").into()),
     }
 }

@@ -116,15 +116,19 @@ fn migration(bench: &Bench, sample: &mut Sample) -> Result<()> {
 /// What the guest got done until all of its memory was there, which is now, and what it waited for.
 fn drained(sample: &mut Sample, incoming: &mut Incoming) -> Result<()> {
     incoming.guest.say("window")?;
-    // One that was asked for before the guest moved, and this one, in whatever order they come.
-    for _ in 0..2 {
+    // One that was asked for before the guest moved, and this one, in whatever order they come. Where the guest moved too late
+    // its source had the first one.
+    let (mut first, mut now) = (false, None);
+    while now.is_none_or(|age| !first && age < FIRST_MS) {
         let window = incoming.guest.event("window")?.event;
         let work = Option::zip(window["writes"].as_f64(), window["intended"].as_f64())
             .filter(|(_, intended)| *intended > 0.0)
             .map(|(writes, intended)| 100.0 * writes / intended);
         if window["asked_ms"] == FIRST_MS {
+            first = true;
             sample.set(sample::WORK_SECOND, work);
         } else {
+            now = Some(window["window_ms"].as_u64().unwrap_or(FIRST_MS));
             sample.set(sample::WORK_DRAINED, work);
             let gaps: Vec<f64> = window["hist"]
                 .as_array()
@@ -137,6 +141,13 @@ fn drained(sample: &mut Sample, incoming: &mut Incoming) -> Result<()> {
             sample.set(sample::STALL_P50, quantile(&gaps, STALL, 0.5));
             sample.set(sample::STALL_P99, quantile(&gaps, STALL, 0.99));
         }
+    }
+    if let Some(trace) = &incoming.faults {
+        let waits = trace.waits()?;
+        let us = |share| (waits.count() > 0).then(|| waits.quantile(share) as f64 / 1e3);
+        sample.set(sample::FAULT_P50, us(0.5));
+        sample.set(sample::FAULT_P99, us(0.99));
+        sample.set(sample::FAULTS_SEEN, waits.count() as f64);
     }
     let faults = sample.get(sample::FAULTS);
     let pages = sample.cell.bytes() as f64 / 4096.0;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ::tests::bench::{Guest, Result, Setup, Tools, Vmm};
 use serde::Serialize;
 
+use crate::qemu_faults::FaultTrace;
 use crate::sample::Quantity;
 use crate::{minivmm, qemu};
 
@@ -176,6 +177,8 @@ pub struct Incoming {
     pub guest: Guest,
     /// Where it listens, `ADDRESS:PORT`.
     pub address: String,
+    /// With QEMU's post-copy, where it writes how long pages were waited for.
+    pub faults: Option<FaultTrace>,
 }
 
 impl Incoming {

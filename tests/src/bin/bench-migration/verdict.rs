@@ -3,8 +3,8 @@
 use std::cmp::Ordering;
 
 use crate::sample::{
-    Quantity, Runs, Sample, FAULT_P50, OTHER_GAP, STALL_P50, SWITCH_GAP, THROUGHPUT, TOLD_DOWNTIME,
-    TOTAL, WORK, WORK_DRAINED,
+    Quantity, Runs, Sample, FAULT_P50, OTHER_GAP, SWITCH_GAP, THROUGHPUT, TOLD_DOWNTIME, TOTAL,
+    WORK, WORK_DRAINED,
 };
 use crate::subject::{Cell, Subject};
 
@@ -15,9 +15,9 @@ pub const TOTAL_SHARE: f64 = 0.7;
 /// With post-copy: the guest's work beside QEMU's, and what is good enough, percent.
 pub const POSTCOPY_WORK_SHARE: f64 = 2.0;
 pub const POSTCOPY_WORK: f64 = 90.0;
-/// The guest's stalls beside those with QEMU's preempt, where the link is as fast as can be.
-pub const STALL_SHARE: f64 = 0.5;
-/// Otherwise its median beyond the time that the link takes for the answer, us.
+/// The median from fault to page beside that of QEMU's preempt, where the link is as fast as can be.
+pub const FAULT_SHARE: f64 = 0.5;
+/// Otherwise the median beyond the time that the link takes for the answer, us.
 pub const FAULT_BEYOND_WIRE_US: f64 = 150.0;
 /// An answer on the wire: a page, the record's header and table, headers of TCP and IP.
 pub const ANSWER_BYTES: f64 = 4096.0 + 56.0 + 52.0;
@@ -148,15 +148,12 @@ pub fn of_cell(samples: &[Sample], cell: Cell, rate: Option<u32>) -> Vec<Verdict
         verdicts.push(verdict(TOTAL, "total, s", total, target));
         if subject.is_postcopy() && cell.dirty > 0 {
             let preempt = Subject::QemuPostcopy { preempt: true };
-            let theirs = median(preempt, STALL_P50).map(|stall| (stall, preempt));
-            let target = theirs.map(|(stall, _)| stall * STALL_SHARE);
-            let target = target.filter(|_| rate.is_none());
-            verdicts.push(verdict(STALL_P50, "guest's stalls, p50 us", theirs, target));
-            if let Some(rate) = rate {
-                let target = ANSWER_BYTES * 8.0 / f64::from(rate) + FAULT_BEYOND_WIRE_US;
-                let row = verdict(FAULT_P50, "wait for a page, p50 us", None, Some(target));
-                verdicts.push(row);
-            }
+            let theirs = median(preempt, FAULT_P50).map(|wait| (wait, preempt));
+            let target = match rate {
+                None => theirs.map(|(wait, _)| wait * FAULT_SHARE),
+                Some(rate) => Some(ANSWER_BYTES * 8.0 / f64::from(rate) + FAULT_BEYOND_WIRE_US),
+            };
+            verdicts.push(verdict(FAULT_P50, "from fault to page, p50 us", theirs, target));
         }
         if subject == (Subject::Minivmm { connections: 1 }) {
             if let Some(limit) = median(Subject::RawCopy, THROUGHPUT) {
@@ -225,6 +222,27 @@ mod tests {
         samples[2].set(WORK, 96.4);
         let work = of_cell(&samples, cell, None).into_iter().find(|v| v.at_least).unwrap();
         assert_eq!(work.text(), "MISSED");
+    }
+
+    #[test]
+    fn faults_are_compared_with_preempt_or_with_the_wire() {
+        let cell = Cell { dirty: 10_000, ..CELL };
+        let bubble = Subject::MinivmmPostcopy { prepaging: "bubble" };
+        let qemu = |preempt| Subject::QemuPostcopy { preempt };
+        let mut samples = vec![
+            sample(bubble, 1, &[(FAULT_P50, 151.0)]),
+            sample(qemu(true), 1, &[(FAULT_P50, 300.0)]),
+            sample(qemu(false), 1, &[(FAULT_P50, 100.0)]),
+        ];
+        samples.iter_mut().for_each(|sample| sample.cell = cell);
+        let row = |samples: &[Sample], rate| {
+            let mut rows = of_cell(samples, cell, rate).into_iter();
+            rows.find(|v| v.what == "from fault to page, p50 us").unwrap()
+        };
+        let found = row(&samples, None);
+        assert_eq!((found.target, found.text()), (Some(150.0), "MISSED"));
+        assert_eq!(row(&samples, Some(1000)).text(), "met");
+        assert_eq!(row(&samples[..1], None).met(), None);
     }
 
     #[test]

@@ -124,7 +124,7 @@ fn qemu(tools: &Arc<Tools>, site: &Site, how: How, options: &str, incoming: bool
         let _ = ip(&["link", "delete", TAP]);
         ip(&["tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr"])?;
         ip(&["link", "set", TAP, "master", "mv-blue", "up"])?;
-        let mut guest = tools.qemu_movable(&name, &setup, incoming)?;
+        let mut guest = tools.qemu_movable(&name, &setup, incoming, &[])?;
         let qmp = guest.qmp()?;
         let mut capabilities = vec![json!({ "capability": "events", "state": true })];
         if how.mode == Mode::Postcopy {
