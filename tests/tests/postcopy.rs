@@ -247,6 +247,10 @@ fn a_vm_that_drains_is_left_alone() {
     }
     assert_eq!(a.cli(&["cancel", "vm"]).code, Some(5));
     assert_eq!(a.cli(&["resume", "vm"]).code, Some(5));
+    // It would wait for memory, with all that waits for it.
+    let refused = b.cli(&["reset", "vm"]);
+    assert_eq!(refused.code, Some(5), "{refused:#?}");
+    assert!(refused.stderr.contains("guest memory is not all here"), "{refused:#?}");
     // Pause and reboot are the guest's affair.
     b.ok(&["pause", "vm"]);
     b.ok(&["resume", "vm"]);

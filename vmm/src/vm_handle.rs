@@ -256,6 +256,14 @@ impl Control for VmHandle {
 
     fn reset(&self) -> Result<(), ControlError> {
         self.check_here()?;
+        // The kernel is loaded into memory that may never come.
+        if self.machine.is_draining() {
+            return Err(ControlError::Conflict(
+                "guest memory is not all here: wait until the migration is complete (`minivmm migration` tells), or end the VM \
+                 with `minivmm kill`"
+                    .to_owned(),
+            ));
+        }
         Ok(self.machine.reset()?)
     }
 
