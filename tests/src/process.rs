@@ -13,7 +13,7 @@ use rustix::process::{pidfd_open, Pid, PidfdFlags};
 use crate::PATIENCE;
 
 /// Most bytes of a process' output that are kept; what comes first and goes beyond is dropped.
-const KEPT: usize = 256 << 10;
+const KEPT: usize = 1 << 20;
 
 /// What `minivmm receive` writes to standard error before its address.
 pub const LISTENING: &str = "listening on ";

@@ -55,6 +55,12 @@ impl Linux {
         }
     }
 
+    /// What the process has written to standard error so far, at most the last MiB.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        self.stderr.so_far()
+    }
+
     /// Guest memory that the host has in use, bytes.
     #[must_use]
     pub fn resident(&self) -> u64 {

@@ -20,13 +20,16 @@ mod machine;
 mod suite;
 mod world;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 pub use linux::Linux;
 pub use machine::{Lab, LabRun};
 pub use suite::{run_suite, LabSuite};
 
 use crate::suite::Need;
+use crate::{finish, Host};
 
 /// Files of the Linux image.
 const IMAGE: [&str; 3] = ["vmlinuz", "vmlinux", "initramfs.cpio"];
@@ -90,4 +93,15 @@ pub fn program(name: &str) -> Result<PathBuf, String> {
     let more = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     let found = std::env::split_paths(&path).chain(more).map(|dir| dir.join(name));
     found.into_iter().find(|path| path.is_file()).ok_or_else(|| format!("there is no {name}"))
+}
+
+/// Makes a file of the host with an ext4 file system of 64 MiB; gives its path. Needs `mkfs.ext4`.
+#[track_caller]
+pub fn ext4(host: &Host, name: &str) -> String {
+    let path = host.write(name, b"");
+    File::options().write(true).open(&path).unwrap().set_len(64 << 20).unwrap();
+    let mut mkfs = Command::new(program("mkfs.ext4").unwrap());
+    mkfs.args(["-q", "-F", &path]);
+    finish(mkfs, b"").ok();
+    path
 }

@@ -3,20 +3,10 @@
 use std::fs;
 use std::process::Command;
 
-use tests::lab::{image, program, Linux};
+use tests::lab::{ext4, image, program, Linux};
 use tests::{finish, Host};
 
 use crate::guest::{boot, check, counter, device_healthy, healthy, LOADER_PVH};
-
-/// Makes a file with an ext4 file system of 64 MiB; gives its path.
-pub fn ext4(host: &Host, name: &str) -> String {
-    let path = host.write(name, b"");
-    fs::File::options().write(true).open(&path).unwrap().set_len(64 << 20).unwrap();
-    let mut mkfs = Command::new(program("mkfs.ext4").unwrap());
-    mkfs.args(["-q", "-F", &path]);
-    finish(mkfs, b"").ok();
-    path
-}
 
 /// Fails unless the file system is whole and was unmounted, or its journal is all that it needs.
 pub fn check_ext4(path: &str) {

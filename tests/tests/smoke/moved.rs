@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
-use tests::lab::{image, Linux};
+use tests::lab::{ext4, image, Linux};
 use tests::{number, Host};
 
 use crate::boot::{in_balloon, random_numbers};
-use crate::disk::{check_ext4, ext4};
+use crate::disk::check_ext4;
 use crate::guest::{boot, check, counter, device_healthy, measured, until, LOADER_BOOT_PARAMS};
 use crate::network::{ping, Stream, Switch, GUEST};
 

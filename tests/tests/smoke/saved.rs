@@ -3,11 +3,11 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::lab::{image, Linux};
+use tests::lab::{ext4, image, Linux};
 use tests::Host;
 
 use crate::boot::{in_balloon, random_numbers};
-use crate::disk::{check_ext4, ext4};
+use crate::disk::check_ext4;
 use crate::guest::{boot, counter, device_healthy, healthy, measured, until};
 use crate::network::{ping, Stream, Tap, GUEST};
 
