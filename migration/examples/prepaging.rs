@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::prepaging::simulation::{simulate, Link, Touch};
-use migration::prepaging::traces::{read, walks, Pattern, Walks, RECORDED, RECORDED_PAGES};
+use migration::prepaging::traces::{read, walks, Pattern, Walks, RECORDED};
 use migration::prepaging::{Plan, Prepaging};
 use migration::{Gfn, MemoryLayout, PageRange, PageSet};
 
@@ -129,11 +129,13 @@ fn main() {
 /// What a real guest did, at two speeds.
 fn recorded() {
     for micros in [20, 100] {
-        heading(&format!("first touches of a guest of 32 MiB, one every {micros} µs"));
-        for (name, text) in RECORDED {
-            let mut trace = read(text.as_bytes()).unwrap();
+        heading(&format!(
+            "first touches of beacon in 32 MiB and of Linux in 128 MiB, one every {micros} µs"
+        ));
+        for guest in RECORDED {
+            let mut trace = read(guest.text.as_bytes()).unwrap();
             trace.iter_mut().for_each(|touch| touch.think = Duration::from_micros(micros));
-            row(name, &trace, RECORDED_PAGES);
+            row(guest.name, &trace, guest.memory_pages);
         }
     }
 }

@@ -170,7 +170,7 @@ fn nanoseconds(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::traces::{read, walks, Pattern, Walks, RECORDED, RECORDED_PAGES};
+    use super::super::traces::{read, walks, Pattern, Recorded, Walks, RECORDED};
     use super::*;
 
     /// A page takes 40.96 µs at this speed, which makes figures easy to check.
@@ -237,31 +237,49 @@ mod tests {
         simulate(&trace, all(64 << 10), 1, prepaging, push, GIGABIT)
     }
 
-    fn recorded(trace: &str, think: Duration, prepaging: Prepaging, push: bool) -> Outcome {
-        let mut trace = read(trace.as_bytes()).unwrap();
+    fn recorded(guest: &Recorded, think: Duration, prepaging: Prepaging, push: bool) -> Outcome {
+        let mut trace = read(guest.text.as_bytes()).unwrap();
         trace.iter_mut().for_each(|touch| touch.think = think);
-        simulate(&trace, all(RECORDED_PAGES), 1, prepaging, push, GIGABIT)
+        simulate(&trace, all(guest.memory_pages), 1, prepaging, push, GIGABIT)
+    }
+
+    /// Without push it may be three tenths. Windows of 4 pages to both sides of faults at random places leave nothing to fault
+    /// on once 16 % of all pages have faulted (Rényi's parking problem), within a hot spot as everywhere; beacon's traces stop at 3/4
+    /// of the working set, which makes that 0.16/0.75, 21 % of the faults of demand alone.
+    #[test]
+    fn bubbling_leaves_at_most_a_fifth_of_the_faults_of_recorded_guests() {
+        for guest in RECORDED {
+            for think in [FAST, SLOW] {
+                let demand = recorded(&guest, think, Prepaging::Off, false);
+                let bubble = recorded(&guest, think, Prepaging::Bubble, true);
+                let counted = bubble.faults + if think == SLOW { bubble.waits } else { 0 };
+                let name = guest.name;
+                assert!(5 * counted <= demand.faults, "{name}: {bubble:?}, not {demand:?}");
+                let alone = recorded(&guest, think, Prepaging::Bubble, false);
+                assert!(10 * alone.faults <= 3 * demand.faults, "{name}: {alone:?} without push");
+            }
+        }
     }
 
     #[test]
-    fn what_holds_of_walks_holds_of_recorded_guests() {
-        for (name, trace) in RECORDED {
-            for think in [FAST, SLOW] {
-                let demand = recorded(trace, think, Prepaging::Off, false);
-                let bubble = recorded(trace, think, Prepaging::Bubble, true);
-                let linear = recorded(trace, think, Prepaging::Linear, true);
-                let counted = bubble.faults + if think == SLOW { bubble.waits } else { 0 };
-                match name {
-                    "random" => assert!(
-                        100 * bubble.faults <= 105 * linear.faults,
-                        "{bubble:?}, not {linear:?}"
-                    ),
-                    _ => {
-                        assert!(5 * counted <= demand.faults, "{name}: {bubble:?}, not {demand:?}")
-                    }
-                }
+    fn recorded_guests_with_little_order_lose_nothing_to_linear_order() {
+        let guests = RECORDED.iter().filter(|guest| ["random", "Linux"].contains(&guest.name));
+        for guest in guests {
+            for (think, push) in [(FAST, false), (SLOW, false), (FAST, true), (SLOW, true)] {
+                let linear = recorded(guest, think, Prepaging::Linear, push);
+                let bubble = recorded(guest, think, Prepaging::Bubble, push);
+                loses_nothing(bubble, linear, &format!("{}, push {push}", guest.name));
             }
         }
+    }
+
+    /// Neither in faults nor in time, within a twentieth.
+    fn loses_nothing(bubble: Outcome, linear: Outcome, what: &str) {
+        assert!(
+            100 * bubble.faults <= 105 * linear.faults
+                && 100 * bubble.waited <= 105 * linear.waited,
+            "{what}: {bubble:?}, linear {linear:?}"
+        );
     }
 
     /// Faster than the link brings pages, and slower.
@@ -310,11 +328,7 @@ mod tests {
             for (think, push) in [(FAST, false), (SLOW, false), (FAST, true), (SLOW, true)] {
                 let linear = at_work(guest, think, Prepaging::Linear, push);
                 let bubble = at_work(guest, think, Prepaging::Bubble, push);
-                assert!(
-                    100 * bubble.faults <= 105 * linear.faults
-                        && 100 * bubble.waited <= 105 * linear.waited,
-                    "{guest:?}, push {push}: {bubble:?}, linear {linear:?}"
-                );
+                loses_nothing(bubble, linear, &format!("{guest:?}, push {push}"));
             }
         }
     }

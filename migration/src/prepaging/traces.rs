@@ -114,17 +114,29 @@ fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// In which order beacon first touched the pages of its working set of 8 MiB, `order=linear`: names, and text for [`read`].
-/// Made by the program `record-traces` of the crate `tests`.
-pub const RECORDED: [(&str, &str); 4] = [
-    ("sequential", include_str!("recorded/sequential.trace")),
-    ("stride", include_str!("recorded/stride.trace")),
-    ("hot-spot", include_str!("recorded/hotspot.trace")),
-    ("random", include_str!("recorded/random.trace")),
+/// In which order a guest first touched its pages after it had moved.
+#[derive(Debug, Clone, Copy)]
+pub struct Recorded {
+    /// What it is called in tables.
+    pub name: &'static str,
+    /// Pages of memory that the guest had. The simulator is given all of them as unsent, also those that the guest never wrote.
+    pub memory_pages: u64,
+    /// For [`read`]; its first line says what the guest was.
+    pub text: &'static str,
+}
+
+/// Beacon with its walks over 8 MiB, and a Linux guest. Made by the program `record-traces` of the crate `tests`.
+pub const RECORDED: [Recorded; 5] = [
+    recorded("sequential", 32, include_str!("recorded/sequential.trace")),
+    recorded("stride", 32, include_str!("recorded/stride.trace")),
+    recorded("hot-spot", 32, include_str!("recorded/hotspot.trace")),
+    recorded("random", 32, include_str!("recorded/random.trace")),
+    recorded("Linux", 128, include_str!("recorded/linux.trace")),
 ];
 
-/// Pages of memory that those guests had.
-pub const RECORDED_PAGES: u64 = (32 << 20) / 4096;
+const fn recorded(name: &'static str, memory_mib: u64, text: &'static str) -> Recorded {
+    Recorded { name, memory_pages: (memory_mib << 20) / 4096, text }
+}
 
 /// Why a recorded trace was refused.
 #[derive(Debug, thiserror::Error)]
