@@ -24,7 +24,8 @@ pub(super) const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 /// Connections that have a thread here: of unknown purpose, asking, or the main one.
 const MAX_STRANGERS: usize = 64;
 
-/// Why a source that comes again is not wanted.
+/// Why an offer is refused, and why a source that comes again is.
+const BUSY: &str = "another migration is under way there";
 const DRAINED: &str =
     "nothing of that migration is waited for: all of its memory came, or its VM has ended";
 
@@ -230,12 +231,12 @@ impl Door {
             _ => {
                 let hello: Hello<'_> = records.next_record()?.decode("HELLO")?;
                 let id = hello.id;
-                return self.refuse(id, records, transport);
+                return self.refuse(id, BUSY, records, transport);
             }
         };
         let offer = read_offer(&mut records)?;
         if self.busy.swap(true, Ordering::AcqRel) {
-            return self.refuse(offer.id.0, records, transport);
+            return self.refuse(offer.id.0, BUSY, records, transport);
         }
         let begun = read_main(offer, records, transport, inbox, standing);
         if begun.is_err() {
@@ -248,13 +249,14 @@ impl Door {
     fn refuse(
         &self,
         id: [u8; 16],
+        reason: &str,
         mut records: RecordReader<Stream>,
         transport: &Arc<dyn Transport>,
     ) -> Result<(), StreamError> {
-        let link = MainLink::open(Arc::clone(transport), StreamKind::Migration)?;
+        let link = MainLink::open(Arc::clone(transport), records.kind())?;
         link.write(|out| -> Result<(), StreamError> {
             out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
-            out.send(&Refuse { reasons: vec!["another migration is under way there"] })
+            out.send(&Refuse { reasons: vec![reason] })
         })?;
         // What the source has sent meanwhile must be read, or its kernel may drop the answer.
         while records.next_record().is_ok() {}
@@ -322,7 +324,8 @@ impl Door {
         let Some(inbox) = inbox else {
             let token = Token::from_bytes(recover.token);
             if self.journal.is_drained(MigrationId(id), &token).unwrap_or(false) {
-                return self.is_drained(id, transport);
+                // The source keeps nothing then: only who knows its token says so.
+                return self.refuse(id, DRAINED, records, transport);
             }
             // It may be too early, or another host: the source keeps what it has and tries again.
             let what = "no such migration, the wrong token, or too early".to_owned();
@@ -332,17 +335,6 @@ impl Door {
         let (connections, transport) = (recover.connections, Arc::clone(transport));
         // As above.
         let _ = inbox.send(Input::Recover { connections, records, transport });
-        Ok(())
-    }
-
-    /// A source need not keep anything: it goes by this word, and only who knows its token gives it.
-    fn is_drained(&self, id: [u8; 16], transport: &Arc<dyn Transport>) -> Result<(), StreamError> {
-        let link = MainLink::open(Arc::clone(transport), StreamKind::Continue)?;
-        link.write(|out| -> Result<(), StreamError> {
-            out.send(&Hello { id, program: env!("CARGO_PKG_VERSION"), features: 0 })?;
-            out.send(&Refuse { reasons: vec![DRAINED] })
-        })?;
-        transport.shutdown();
         Ok(())
     }
 

@@ -17,6 +17,7 @@ use crate::destination::postcopy::DrainReport;
 use crate::destination::session::Session;
 use crate::destination::{Draining, Input, MissingRanges};
 use crate::handover::Cause;
+use crate::journal::{DestinationEntry, JournalError};
 use crate::link::MainLink;
 use crate::page_set::PageSet;
 use crate::report::as_micros;
@@ -287,18 +288,13 @@ impl Session<'_, '_, '_> {
             ),
             false => tracing::info!("the guest goes on"),
         }
-        self.journal_missing(freeze.then_some(missing));
+        self.journal(|entry| entry.set_missing(freeze.then_some(missing)));
     }
 
-    fn journal_missing(&mut self, pages: Option<u64>) {
-        if let Some(Err(error)) = self.entry.as_mut().map(|entry| entry.set_missing(pages)) {
+    /// Notes something that the migration does not depend on.
+    fn journal(&mut self, note: impl FnOnce(&mut DestinationEntry) -> Result<(), JournalError>) {
+        if let Some(Err(error)) = self.entry.as_mut().map(note) {
             tracing::warn!(%error, "the journal does not say what is missing");
-        }
-    }
-
-    fn journal_drained(&mut self, missing: Option<u64>) {
-        if let Some(Err(error)) = self.entry.as_mut().map(|entry| entry.drained(missing)) {
-            tracing::warn!(%error, "the journal does not say that nothing is waited for");
         }
     }
 
@@ -318,7 +314,7 @@ impl Session<'_, '_, '_> {
         }
         let deadline = Instant::now() + LINGER;
         self.send_drained();
-        self.journal_drained(None);
+        self.journal(|entry| entry.drained(None));
         // A source that does not know it yet comes again.
         while let Some(input) = self.next(deadline) {
             match input {
@@ -368,7 +364,7 @@ impl Session<'_, '_, '_> {
         }
         self.stop_faults();
         if let Some(missing) = self.drain.as_ref().map(|drain| drain.arrivals.left()) {
-            self.journal_drained(Some(missing));
+            self.journal(|entry| entry.drained(Some(missing)));
         }
         self.reasons.push(why.to_owned());
         // Who loses another connection first would not know why.
