@@ -16,7 +16,9 @@ awk -v status="$status" '
     # What the compiler or the linker says, when there is no test to run.
     /^error/ && errors++ < 20 { why[++failures] = substr($0, 1, 600) }
     # The test harness repeats what the test said; a test that is a process of its own says it once.
-    /^---- .* ----$/ { getline; why[++failures] = "    " substr($0, 1, 600) }
+    /^---- .* ----$/ { said = 16; next }
+    /^failures:$/ { said = 0 }
+    said > 0 && NF { why[++failures] = "    " substr($0, 1, 600); said-- }
     /^test result:/ {
         if (match($0, /finished in [0-9.]+s/)) {
             seconds = substr($0, RSTART + 12, RLENGTH - 13) + 0

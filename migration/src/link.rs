@@ -70,6 +70,11 @@ impl MainLink {
         Ok(Self { writer, transport, closed: Mutex::new(false), closing: Condvar::new() })
     }
 
+    /// Whether the other end is known to be on this host.
+    pub(crate) fn is_local(&self) -> bool {
+        self.transport.is_local()
+    }
+
     /// Sends one record now.
     pub(crate) fn send<T: Payload + Serialize>(&self, value: &T) -> Result<(), StreamError> {
         self.write(|writer| writer.send(value))

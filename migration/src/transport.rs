@@ -57,6 +57,11 @@ pub trait Transport: Send + Sync {
         let _ = bytes;
     }
 
+    /// Whether the other end is known to be on this host.
+    fn is_local(&self) -> bool {
+        false
+    }
+
     /// Ends both directions. Whoever waits in another method returns.
     fn shutdown(&self);
 
@@ -96,7 +101,7 @@ pub trait Listener: Send + Sync {
 }
 
 macro_rules! socket_transport {
-    ($socket:ty, $peer:expr, $hurry:expr) => {
+    ($socket:ty, $peer:expr, $hurry:expr, $is_local:expr) => {
         impl Transport for $socket {
             fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
                 Ok(recv(self, buffer, RecvFlags::empty())?.0)
@@ -143,6 +148,10 @@ macro_rules! socket_transport {
                 }
             }
 
+            fn is_local(&self) -> bool {
+                ($is_local)(self)
+            }
+
             fn shutdown(&self) {
                 // Fails when it is not connected any more, which is as good.
                 let _ = <$socket>::shutdown(self, Shutdown::Both);
@@ -160,9 +169,13 @@ socket_transport!(
     |socket: &TcpStream| socket
         .peer_addr()
         .map_or_else(|_| "a closed connection".to_owned(), |address| address.to_string()),
-    low_delay
+    low_delay,
+    |socket: &TcpStream| match (socket.local_addr(), socket.peer_addr()) {
+        (Ok(here), Ok(there)) => here.ip() == there.ip(),
+        _ => false,
+    }
 );
-socket_transport!(UnixStream, |_: &UnixStream| "a local socket".to_owned(), |_| ());
+socket_transport!(UnixStream, |_: &UnixStream| "a local socket".to_owned(), |_| (), |_| true);
 
 /// The type of service "low delay" (RFC 1349), which puts packets into the first band of this host's queue as well
 /// (tc-pfifo_fast(8)).

@@ -230,6 +230,12 @@ pub const MAX_LATE_FRAME: usize = (64 << 10) + 64;
 /// Frames for a guest that has stopped: kept from the pause on, for who runs the guest next. If it goes
 /// on at the source, [`VmControl::resume`] gives them to it.
 pub trait LateFrames: Send + Sync {
+    /// While held, frames for the guest come here that are sent here, though the guest is announced elsewhere. Ends by
+    /// `false`, which may be said more than once.
+    fn hold(&self, held: bool) {
+        let _ = held;
+    }
+
     /// Takes frames, those of a card in the order in which they came; about 128 KiB at most. Waits until there
     /// are some, or until `deadline`. Of what came after `committed`, when the destination was about to
     /// run the guest, only frames that cannot have reached it by themselves.

@@ -93,8 +93,20 @@ impl Rarps {
         let mut seen = 0;
         while seen < count {
             let next = self.next().unwrap_or_else(|| panic!("{seen} of {count} RARP frames came"));
-            seen += usize::from(next == mac);
+            seen += usize::from(next.0 == mac);
         }
+    }
+
+    /// Waits for the first `count` of the address `mac`, and tells whom they were for.
+    ///
+    /// # Panics
+    /// As [`Rarps::of`].
+    #[track_caller]
+    pub fn were_for(&self, mac: [u8; 6], count: usize) -> Vec<[u8; 6]> {
+        set_socket_timeout(&self.0, Timeout::Recv, Some(PATIENCE)).unwrap();
+        let next = || self.next().unwrap_or_else(|| panic!("no {count} RARP frames came"));
+        let theirs = std::iter::from_fn(|| Some(next())).filter(|(from, _)| *from == mac);
+        theirs.map(|(_, to)| to).take(count).collect()
     }
 
     /// How many of the address `mac` have come and were not counted.
@@ -104,18 +116,18 @@ impl Rarps {
     #[track_caller]
     pub fn left(&self, mac: [u8; 6]) -> usize {
         set_socket_timeout(&self.0, Timeout::Recv, Some(Duration::from_millis(1))).unwrap();
-        std::iter::from_fn(|| self.next()).filter(|from| *from == mac).count()
+        std::iter::from_fn(|| self.next()).filter(|(from, _)| *from == mac).count()
     }
 
-    /// Who sent the next one; `None` at the time limit.
+    /// Who sent the next one, and to whom; `None` at the time limit.
     #[track_caller]
-    fn next(&self) -> Option<[u8; 6]> {
+    fn next(&self) -> Option<([u8; 6], [u8; 6])> {
         let mut frame = [0; 2048];
         let (length, _) = recv(&self.0, &mut frame, RecvFlags::empty()).ok()?;
         let frame = &frame[..length];
-        assert_eq!(frame[..6], [0xff; 6], "{frame:x?}");
+        assert_eq!(frame[0] & 3, 3, "not to a group: {frame:x?}");
         assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3], "{frame:x?}");
         assert_eq!(frame[6..12], frame[22..28], "{frame:x?}");
-        frame[6..12].try_into().ok()
+        Some((frame[6..12].try_into().ok()?, frame[..6].try_into().ok()?))
     }
 }

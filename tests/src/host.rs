@@ -121,7 +121,14 @@ impl Host {
         command
             .env(RUNTIME_DIR, self.runtime_dir())
             .env(STATE_DIR, self.dir.path().join("state"))
+            .env("OVS_RUNDIR", self.switch_directory())
             .env_remove("RUST_LOG");
+    }
+
+    /// Where this host has its Open vSwitch, if any.
+    #[must_use]
+    pub fn switch_directory(&self) -> std::path::PathBuf {
+        self.dir.path().join("ovs")
     }
 
     /// Runs the program to its end.

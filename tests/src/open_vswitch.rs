@@ -32,7 +32,7 @@ impl OpenVswitch {
     /// It does not start.
     #[must_use]
     pub fn start(host: &Host, system: bool) -> Self {
-        let directory = host.root().join("ovs");
+        let directory = host.switch_directory();
         std::fs::create_dir(&directory).unwrap();
         let mut switch = Self { directory, daemons: Vec::new() };
         let (database, socket) = (switch.path("conf.db"), switch.path("db.sock"));
@@ -61,15 +61,11 @@ impl OpenVswitch {
 
     fn daemon(&mut self, program: &str, args: &[&str]) {
         let mut command = self.command(program);
-        command.args(args).arg(format!("--unixctl={}", self.control(program)));
+        command.args(args).arg("--pidfile");
         let mut command = tied(&command);
         let child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         self.daemons.push(child.unwrap());
-    }
-
-    fn control(&self, program: &str) -> String {
-        self.path(&format!("{program}.ctl"))
     }
 
     /// What `ovs-vsctl` says.
@@ -87,13 +83,7 @@ impl OpenVswitch {
     /// It refuses.
     #[track_caller]
     pub fn appctl(&self, args: &[&str]) -> String {
-        let target = format!("--target={}", self.control("ovs-vswitchd"));
-        said(self.command("ovs-appctl").args(["--timeout=30", &target]).args(args))
-    }
-
-    /// Lets a command find it.
-    pub fn environment(&self, command: &mut Command) {
-        command.env("OVS_RUNDIR", &self.directory);
+        said(self.command("ovs-appctl").args(["--timeout=30", "--target=ovs-vswitchd"]).args(args))
     }
 }
 

@@ -61,12 +61,12 @@ impl Place {
         self.on(move || ip(&line.split_whitespace().collect::<Vec<_>>()).unwrap());
     }
 
-    /// A wire from `eth0` here to `port` of `other`. Both ends are up.
+    /// A wire from `port` here to `others` of `other`. Both ends are up.
     #[track_caller]
-    pub fn wire(&self, other: &Self, port: &str) {
+    pub fn wire(&self, port: &str, other: &Self, others: &str) {
         let here = &self.thread;
-        other.ip(&format!("link add {port} type veth peer name eth0 netns {here}"));
-        other.ip(&format!("link set {port} up"));
-        self.ip("link set eth0 up");
+        other.ip(&format!("link add {others} type veth peer name {port} netns {here}"));
+        other.ip(&format!("link set {others} up"));
+        self.ip(&format!("link set {port} up"));
     }
 }

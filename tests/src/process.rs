@@ -19,7 +19,6 @@ const KEPT: usize = 1 << 20;
 pub const LISTENING: &str = "listening on ";
 
 /// A process that has ended.
-#[derive(Debug)]
 pub struct Finished {
     /// Its command line.
     pub command: String,
@@ -33,23 +32,32 @@ pub struct Finished {
     pub stderr: String,
 }
 
+/// How it ended comes first, then what it said: of a failed test, often the first lines only are seen.
+impl std::fmt::Debug for Finished {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { command, code, signal, stdout, stderr } = self;
+        writeln!(f, "exit code {code:?}, signal {signal:?}: {command}")?;
+        write!(f, "{}\n{}", stderr.trim_end(), stdout.trim_end())
+    }
+}
+
 impl Finished {
     /// Fails unless the process ended with `code` and complained with all of `words` (any case).
     #[track_caller]
     pub fn refused(&self, code: i32, words: &[&str]) {
-        assert_eq!(self.code, Some(code), "{self:#?}");
+        assert_eq!(self.code, Some(code), "{self:?}");
         let said = self.stderr.to_lowercase();
-        assert!(said.starts_with("minivmm: "), "{self:#?}");
-        assert!(!said.contains("panicked"), "{self:#?}");
+        assert!(said.starts_with("minivmm: "), "{self:?}");
+        assert!(!said.contains("panicked"), "{self:?}");
         for word in words {
-            assert!(said.contains(&word.to_lowercase()), "nothing about {word:?}: {self:#?}");
+            assert!(said.contains(&word.to_lowercase()), "nothing about {word:?}: {self:?}");
         }
     }
 
     /// Fails unless the process ended with 0; gives its standard output.
     #[track_caller]
     pub fn ok(&self) -> &str {
-        assert_eq!(self.code, Some(0), "{self:#?}");
+        assert_eq!(self.code, Some(0), "{self:?}");
         &self.stdout
     }
 }

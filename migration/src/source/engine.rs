@@ -297,6 +297,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                         .stage()
                         .map_err(|error| (SourceEvent::Failed(Cause::Failed), error.to_string()))?;
                 }
+                self.hold_frames();
                 if self.mode().is_live() {
                     vm.start_tracking().map_err(failed)?;
                 }
@@ -443,6 +444,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
 
     /// Asks the destination's host once, then waits a little; or an operator decides.
     fn await_verdict(&mut self) -> SourceEvent {
+        self.let_frames_go();
         match self.ask() {
             Some(Ok(verdict @ (Verdict::RunningHere | Verdict::NotHere))) => {
                 return SourceEvent::Verdict(verdict);
@@ -550,6 +552,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             state.outflow = None;
         }
         self.finish_late();
+        self.let_frames_go();
         let ended = self.ended.unwrap_or_else(Instant::now);
         self.tell(None);
         let reasons = std::mem::take(&mut self.reasons);

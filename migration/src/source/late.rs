@@ -18,6 +18,10 @@ use crate::vm::{LateFrame, LateFrames, MAX_LATE_FRAME};
 /// The longest time that frames are forwarded.
 pub const LONGEST: Duration = Duration::from_secs(5);
 
+/// After so long a time in which the guest is announced elsewhere, no switch sends its frames here any more: Open vSwitch
+/// may take half a second (`max-revalidator`, ovs-vswitchd.conf.db(5)). The last announcement is still to come then.
+const LEARNED: Duration = Duration::from_secs(1);
+
 /// Whether and how long frames are forwarded to the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LateOptions {
@@ -58,13 +62,35 @@ pub(super) struct LateThread<'scope> {
 }
 
 impl Engine<'_, '_, '_> {
+    /// Whether frames are forwarded to this destination.
+    fn forwards(&self) -> bool {
+        self.around.options.late.forward && self.takes_frames
+    }
+
+    /// From now on frames for the guest may have to be forwarded: they are to come here even when it is announced
+    /// elsewhere. On one host they come by themselves to where it is.
+    pub(super) fn hold_frames(&self) {
+        let local = self.link.as_ref().is_none_or(|link| link.is_local());
+        if let (Some(frames), true, false) = (self.around.vm.late_frames(), self.forwards(), local)
+        {
+            frames.hold(true);
+        }
+    }
+
+    /// No more of them are forwarded.
+    pub(super) fn let_frames_go(&self) {
+        if let Some(frames) = self.around.vm.late_frames() {
+            frames.hold(false);
+        }
+    }
+
     /// The guest runs at the destination: what came here for it meanwhile, and still comes, follows. With
     /// post-copy beside the pages, otherwise before this returns.
     pub(super) fn forward_late(&mut self) {
         let options = self.around.options.late;
         let Some(frames) = self.around.vm.late_frames() else { return };
         let (Some(link), Some(committed)) = (self.link.clone(), self.committed) else { return };
-        if !options.forward || !self.takes_frames {
+        if !self.forwards() {
             return;
         }
         if self.postcopy.is_none() {
@@ -99,6 +125,17 @@ fn forward(
     committed: Instant,
     options: &LateOptions,
 ) -> LateReport {
+    let report = forward_until_quiet(link, frames, committed, options);
+    frames.hold(false);
+    report
+}
+
+fn forward_until_quiet(
+    link: &MainLink,
+    frames: &dyn LateFrames,
+    committed: Instant,
+    options: &LateOptions,
+) -> LateReport {
     let start = Instant::now();
     let limit = start + options.limit.min(LONGEST);
     let mut report = LateReport::default();
@@ -107,6 +144,9 @@ fn forward(
         if now >= limit {
             report.at_limit = true;
             return report;
+        }
+        if now >= start + LEARNED {
+            frames.hold(false);
         }
         let mut taken = frames.take(committed, limit.min(now + options.quiet));
         taken.retain(|frame| frame.bytes.len() <= MAX_LATE_FRAME);

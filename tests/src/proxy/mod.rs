@@ -123,13 +123,26 @@ impl Proxy {
         Self::shaped(target, Shape::default(), Shape::default())
     }
 
+    /// As [`Proxy::to`], with an address of its own: who connects to it sees no connection within one host.
+    ///
+    /// # Panics
+    /// As there.
+    #[must_use]
+    pub fn apart(target: &str) -> Self {
+        Self::listening("127.0.0.2:0", target, Shape::default(), Shape::default())
+    }
+
     /// In front of `target`, over a link that is so in each direction.
     ///
     /// # Panics
     /// As [`Proxy::to`].
     #[must_use]
     pub fn shaped(target: &str, forth: Shape, back: Shape) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::listening("127.0.0.1:0", target, forth, back)
+    }
+
+    fn listening(at: &str, target: &str, forth: Shape, back: Shape) -> Self {
+        let listener = TcpListener::bind(at).unwrap();
         if let Some(bytes) = forth.window() {
             // What waits before the link is the sender's, not ours.
             set_socket_recv_buffer_size(&listener, bytes).unwrap();

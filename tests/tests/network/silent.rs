@@ -8,8 +8,9 @@ use migration::stream::RecordType;
 use tests::capture::Tunnelled;
 use tests::network::{EVERYBODY, HOST_ADDRESS};
 use tests::numbered::Numbered;
+use tests::open_vswitch::OpenVswitch;
 use tests::proxy::{On, Proxy, Spot, Way};
-use tests::topology::{Site, Sites, Topology, MAC_BYTES};
+use tests::topology::{Site, Sites, Topology, MAC, MAC_BYTES};
 use tests::{kvm, Migrating, PATIENCE};
 
 use super::*;
@@ -22,7 +23,12 @@ const RATE: u64 = 100;
 pub fn add(suite: &mut Suite, needs: &[&Need]) {
     let kvm = kvm();
     let needs = [needs, &[&kvm]].concat();
-    add!(suite, &needs; a_host_is_silent_for_a_guest_that_leaves_and_passes_nothing_on_twice);
+    let ovs = OpenVswitch::need();
+    add!(suite, &needs;
+        a_host_is_silent_for_a_guest_that_leaves_and_passes_nothing_on_twice,
+        a_guest_that_stays_is_not_held,
+    );
+    add!(suite, &[&needs[..], &[&ovs]].concat(); the_way_to_a_guest_that_leaves_is_held_through_open_vswitch);
 }
 
 fn address(site: &Site) -> IpAddr {
@@ -34,6 +40,65 @@ fn address(site: &Site) -> IpAddr {
 fn talks_from(passing: &Tunnelled, site: &Site) {
     let deadline = Instant::now() + PATIENCE;
     while passing.next_of(MAC_BYTES, deadline).expect("the guest is silent") != address(site) {}
+}
+
+/// Whether the bridge of this host is held to have the guest at its tap; `None` where the guest is not at a tap at all.
+fn held_at_tap(site: &Site) -> Option<bool> {
+    let table =
+        site.place.on(|| said(Command::new("bridge").args(["fdb", "show", "br", "mv-blue"])));
+    let entry = table.lines().find(|line| line.starts_with(MAC) && line.contains("mvtap"))?;
+    Some(entry.contains("sticky"))
+}
+
+fn the_way_to_a_guest_that_leaves_is_held_through_open_vswitch() {
+    let sites = Sites::new(Topology::Ovs);
+    sites.declare();
+    let Sites { a, b, c, .. } = &sites;
+    let mut vm = a.run("ws=8 pace=0");
+    c.place.on(|| drop(tests::network::connect(7)));
+    assert_eq!((held_at_tap(a), a.held_in_switch(MAC)), (Some(false), Some(false)));
+
+    let (mut next, destination) = b.receive();
+    let host = std::sync::Arc::clone(&a.host);
+    let (proxy, paused, migrating) = a.place.on(move || {
+        let proxy = Proxy::apart(&destination);
+        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
+        let migrating = Migrating::start(&host, &proxy.address(), &["--dead-after", "60s"]);
+        (proxy, paused, migrating)
+    });
+    paused.wait();
+    assert_eq!((held_at_tap(a), a.held_in_switch(MAC)), (Some(true), Some(true)));
+    paused.release();
+    let finished = migrating.end();
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    vm.ends_well();
+    drop(proxy);
+    assert_eq!(held_at_tap(a), None);
+    assert_ne!(a.held_in_switch(MAC), Some(true));
+    next.verify();
+}
+
+fn a_guest_that_stays_is_not_held() {
+    let sites = Sites::new(Topology::Bridge);
+    sites.declare();
+    let Sites { a, b, .. } = &sites;
+    let mut vm = a.run("ws=8 pace=0");
+    let (_next, destination) = b.receive();
+    let host = std::sync::Arc::clone(&a.host);
+    let (proxy, paused, migrating) = a.place.on(move || {
+        let proxy = Proxy::apart(&destination);
+        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
+        let migrating = Migrating::start(&host, &proxy.address(), &[]);
+        (proxy, paused, migrating)
+    });
+    paused.wait();
+    assert_eq!(held_at_tap(a), Some(true));
+    drop(proxy);
+    let finished = migrating.end();
+    assert_eq!(finished.code, Some(1), "{finished:#?}");
+    assert_eq!(held_at_tap(a), Some(false));
+    drop(paused);
+    vm.verify();
 }
 
 fn a_host_is_silent_for_a_guest_that_leaves_and_passes_nothing_on_twice() {
@@ -54,12 +119,17 @@ fn a_host_is_silent_for_a_guest_that_leaves_and_passes_nothing_on_twice() {
     talks_from(&passing, b);
     let host = std::sync::Arc::clone(&b.host);
     let (proxy, paused, migrating) = b.place.on(move || {
-        let proxy = Proxy::to(&destination);
+        let proxy = Proxy::apart(&destination);
         let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
         let migrating = Migrating::start(&host, &proxy.address(), &["--dead-after", "60s"]);
         (proxy, paused, migrating)
     });
     paused.wait();
+    assert_eq!(
+        held_at_tap(b),
+        Some(true),
+        "once it is announced elsewhere, what comes late finds it no more"
+    );
     let passing = between.on(Tunnelled::begin);
     let socket = c.place.on(|| UdpSocket::bind("0.0.0.0:0").unwrap());
     socket.set_broadcast(true).unwrap();

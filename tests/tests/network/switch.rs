@@ -14,14 +14,6 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
     );
 }
 
-/// `minivmm network ...` with this Open vSwitch.
-#[track_caller]
-fn network(switch: &OpenVswitch, host: &Host, line: &str) -> Finished {
-    let mut command = host.command(&words(line));
-    switch.environment(&mut command);
-    finish(command, b"")
-}
-
 fn a_bridge_of_open_vswitch_is_made_and_removed() {
     let test = || {
         underlay();
@@ -33,7 +25,7 @@ fn a_bridge_of_open_vswitch_is_made_and_removed() {
         let create =
             "create blue --type ovs --datapath netdev --vlan 7 --vni 5001 --local 192.0.2.1 \
                       --peer 192.0.2.2 --peer 192.0.2.3";
-        network(&switch, &host, create).ok();
+        network(&host, create).ok();
         assert_eq!(switch.vsctl(&["list-ports", "ov-blue"]), "mp-blue\nmt0-blue\nmt1-blue\n");
         assert_eq!(switch.vsctl(&["get", "bridge", "ov-blue", "datapath_type"]), "netdev\n");
         assert_eq!(switch.vsctl(&["get", "port", "mp-blue", "tag"]), "7\n");
@@ -41,16 +33,16 @@ fn a_bridge_of_open_vswitch_is_made_and_removed() {
         let options = switch.vsctl(&["get", "interface", "mt1-blue", "type", "options"]);
         assert!(options.contains("vxlan") && options.contains("192.0.2.3"), "{options}");
         assert!(options.contains("key=\"5001\"") && options.contains("192.0.2.1"), "{options}");
-        let shown = network(&switch, &host, "show blue --json").ok().to_owned();
+        let shown = network(&host, "show blue --json").ok().to_owned();
         let shown: Value = serde_json::from_str(&shown).unwrap();
         assert_eq!(
             (&shown["network"]["mtu"], &shown["missing"]),
             (&1450.into(), &Value::Array(vec![]))
         );
         switch.vsctl(&["del-port", "mt0-blue"]);
-        assert!(network(&switch, &host, create).ok().contains("is repaired"));
+        assert!(network(&host, create).ok().contains("is repaired"));
         assert_eq!(switch.vsctl(&["list-ports", "ov-blue"]), "mp-blue\nmt0-blue\nmt1-blue\n");
-        network(&switch, &host, "delete blue").ok();
+        network(&host, "delete blue").ok();
         assert_eq!(switch.vsctl(&["list-br"]), "other\n");
         assert_eq!(everything(false), before);
     };
@@ -71,15 +63,15 @@ fn ports_of_a_bridge_that_was_there_come_and_go() {
             "datapath_type=netdev",
         ]);
         let before = everything(false);
-        network(&switch, &host, "create sw --type ovs --bridge br-int").ok();
+        network(&host, "create sw --type ovs --bridge br-int").ok();
         assert_eq!(switch.vsctl(&["list-ports", "br-int"]), "mp-sw\n");
         assert_eq!(link("mo-sw")["master"], "mv-sw");
-        network(&switch, &host, "delete sw").ok();
+        network(&host, "delete sw").ok();
         assert_eq!(switch.vsctl(&["list-ports", "br-int"]), "");
         assert_eq!(everything(false), before);
         // An interface of that name, but no bridge of Open vSwitch.
         underlay();
-        let taken = network(&switch, &host, "create sw --type ovs --bridge under0");
+        let taken = network(&host, "create sw --type ovs --bridge under0");
         taken.refused(5, &["interface under0 is there already"]);
         assert!(files(&host).is_empty());
     };

@@ -46,7 +46,7 @@ impl End {
 
 fn a_guest_moves_through_vxlan_over_ipv6() {
     let (a, b) = (End::new("fd00::1"), End::new("fd00::2"));
-    a.place.wire(&b.place, "eth0");
+    a.place.wire("eth0", &b.place, "eth0");
     for (end, other, address) in [(&a, &b, "10.0.0.11"), (&b, &a, HOST_ADDRESS)] {
         let underlay = end.address;
         end.place.ip(&format!("address add {underlay}/64 dev eth0 nodad"));

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use rustix::thread::{capabilities, CapabilitySet};
 
 use super::links::Found;
-use super::{bridge, usable, Links, NetworkError};
+use super::{bridge, usable, Links, NetworkError, Pin, Step, Switch};
 use crate::config::{Attachment, Mac, NetConfig};
 
 /// Begins the alias of a tap that was made for a card.
@@ -17,6 +17,8 @@ struct Place {
     bridge: String,
     /// The MTU there, bytes.
     mtu: u32,
+    /// The Open vSwitch bridge behind it.
+    switch: Option<Switch>,
 }
 
 /// The bridge that a card is plugged into; `None` where that is a tap.
@@ -25,11 +27,15 @@ fn place(attachment: &Attachment) -> Result<Option<Place>, NetworkError> {
         Attachment::Tap(_) => Ok(None),
         Attachment::Bridge(name) => {
             let Found { name, mtu, .. } = bridge(name)?;
-            Ok(Some(Place { bridge: name, mtu }))
+            Ok(Some(Place { bridge: name, mtu, switch: None }))
         }
         Attachment::Network(name) => {
             let record = usable(name)?;
-            Ok(Some(Place { bridge: record.bridge, mtu: record.mtu.into() }))
+            let switch = record.steps.into_iter().find_map(|step| match step {
+                Step::Switch(switch) => Some(switch),
+                _ => None,
+            });
+            Ok(Some(Place { bridge: record.bridge, mtu: record.mtu.into(), switch }))
         }
     }
 }
@@ -70,7 +76,7 @@ fn obstacle(net: &NetConfig, comes_from: Option<&str>) -> Result<(), NetworkErro
     if net.attachment.tap().is_none() && !may_make_taps() {
         return Err(at_card(NetworkError::Unprivileged { to: net.attachment.to_string() }));
     }
-    let Some(Place { bridge, mtu }) = place(&net.attachment).map_err(at_card)? else {
+    let Some(Place { bridge, mtu, .. }) = place(&net.attachment).map_err(at_card)? else {
         return Ok(());
     };
     if let Some(asked) = net.mtu.filter(|asked| u32::from(*asked) > mtu) {
@@ -94,21 +100,23 @@ fn obstacle(net: &NetConfig, comes_from: Option<&str>) -> Result<(), NetworkErro
     Ok(())
 }
 
-/// Makes `tap` a port of what the card is plugged into, and switches it on.
-///
-/// # Errors
-/// See [`NetworkError`].
-pub fn plug(tap: &str, net: &NetConfig, vm: &str) -> Result<(), NetworkError> {
+/// Makes `tap` a port of what the card is plugged into, and switches it on; gives its entry there, unless the
+/// attachment is a tap.
+fn plug(tap: &str, net: &NetConfig, vm: &str) -> Result<Option<Pin>, NetworkError> {
     let at_card = |error| NetworkError::Card { card: net.id.clone(), error: Box::new(error) };
     let plugged = || {
-        let Some(Place { bridge, mtu }) = place(&net.attachment)? else { return Ok(()) };
+        let Some(Place { bridge, mtu, switch }) = place(&net.attachment)? else { return Ok(None) };
         let alias = alias(vm, &net.id, net.mac);
-        Links::open()?.attach(tap, &bridge, Some((mtu, &alias)))
+        let links = Links::open()?;
+        links.attach(tap, &bridge, Some((mtu, &alias)))?;
+        let pin = Pin::new(links.get(tap)?.index, net.mac, switch.as_ref());
+        pin.map(Some).map_err(|error| NetworkError::kernel("open an rtnetlink socket", error))
     };
     plugged().map_err(at_card)
 }
 
-/// Makes a tap for a card that is plugged into a bridge, with `make`, which gives its name too.
+/// Makes a tap for a card that is plugged into a bridge, with `make`, which gives its name too; and what holds the
+/// card's entry in the bridge's forwarding table.
 ///
 /// # Errors
 /// See [`NetworkError`]; one that the kernel refuses to make is of this kind too.
@@ -116,12 +124,12 @@ pub fn make_tap(
     net: &NetConfig,
     vm: &str,
     make: impl FnOnce() -> io::Result<(OwnedFd, String)>,
-) -> Result<OwnedFd, NetworkError> {
+) -> Result<(OwnedFd, Option<Pin>), NetworkError> {
     let (fd, tap) = make().map_err(|error| NetworkError::Card {
         card: net.id.clone(),
         error: Box::new(NetworkError::kernel("make a tap (/dev/net/tun)", error)),
     })?;
     // Where this fails the tap goes with its descriptor.
-    plug(&tap, net, vm)?;
-    Ok(fd)
+    let pin = plug(&tap, net, vm)?;
+    Ok((fd, pin))
 }

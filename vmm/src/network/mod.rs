@@ -20,6 +20,7 @@ mod attach;
 mod error;
 mod links;
 mod options;
+mod pin;
 mod plan;
 mod store;
 mod tools;
@@ -37,6 +38,7 @@ pub use options::{
     parse_network, parse_vlan, parse_vni, Cidr, Datapath, Ends, Forward, NetworkKind,
     NetworkOptions, MAX_NETWORK_NAME, MAX_PEERS, VXLAN_PORT,
 };
+pub use pin::Pin;
 pub use plan::{Link, LinkKind, Nat, Step, Switch};
 pub use store::{Record, State, Store};
 

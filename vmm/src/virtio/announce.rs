@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use devices::virtio::net::{MacAddress, HEADER};
+use rustix::rand::{getrandom, GetRandomFlags};
 
 /// When a guest is announced after it has moved. The first ones may be lost in a switch whose port just came up;
 /// Linux may take a second to tell a bridge of that.
@@ -50,15 +51,30 @@ impl Announcement {
     }
 }
 
+/// To everybody.
+pub(super) const EVERYBODY: MacAddress = MacAddress([0xff; 6]);
+
+/// To a group that was never named before, and that nobody is in. A switch that keeps what it did with a frame for the next
+/// ones that are like it, and learns from these only now and then, as Open vSwitch does, has to look at such a one: where the guest
+/// has been a few seconds ago, it would take the others for more of the same.
+pub(super) fn nobody() -> MacAddress {
+    let mut group = [0; 6];
+    // So few come whole or not at all (getrandom(2)); without them it is a group that may have been named.
+    let _ = getrandom(&mut group, GetRandomFlags::empty());
+    // Locally administered, of a group (IEEE 802).
+    group[0] |= 3;
+    MacAddress(group)
+}
+
 /// The frame that announces a card, behind an empty virtio header.
-pub(super) fn rarp(mac: MacAddress) -> [u8; HEADER + SHORTEST] {
+pub(super) fn rarp(mac: MacAddress, to: MacAddress) -> [u8; HEADER + SHORTEST] {
     let mut frame = [0; HEADER + SHORTEST];
     let mut at = HEADER;
     let mut put = |bytes: &[u8]| {
         frame[at..at + bytes.len()].copy_from_slice(bytes);
         at += bytes.len();
     };
-    put(&[0xff; 6]);
+    put(&to.0);
     put(&mac.0);
     put(&0x8035u16.to_be_bytes());
     // Ethernet, IPv4, lengths of their addresses, request.
@@ -92,7 +108,7 @@ mod tests {
     #[test]
     fn the_frame_is_a_broadcast_of_the_card() {
         let mac = MacAddress([2, 1, 2, 3, 4, 5]);
-        let frame = rarp(mac);
+        let frame = rarp(mac, EVERYBODY);
         assert_eq!(frame[..HEADER], [0; HEADER]);
         let frame = &frame[HEADER..];
         assert_eq!(frame[..6], [0xff; 6]);
@@ -100,5 +116,12 @@ mod tests {
         assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
         assert_eq!(frame[22..28], mac.0, "sender");
         assert_eq!(frame[32..38], mac.0, "target");
+    }
+
+    #[test]
+    fn nobody_is_always_another_group() {
+        let groups: std::collections::HashSet<_> = (0..100).map(|_| nobody().0).collect();
+        assert_eq!(groups.len(), 100);
+        assert!(groups.iter().all(|group| group[0] & 3 == 3 && *group != EVERYBODY.0));
     }
 }

@@ -18,7 +18,7 @@ use super::worker::Backend;
 use super::{tap, DiskOwnership, VirtioError};
 use crate::config::NetConfig;
 use crate::memory::Memory;
-use crate::network;
+use crate::network::{self, Pin};
 
 /// Most bytes of frames that are taken in one go.
 const TAKE_BYTES: usize = 128 << 10;
@@ -31,6 +31,8 @@ struct Plugged {
     port: Arc<Port>,
     /// While memory of the guest is still on its way.
     backlog: Mutex<Option<Backlog>>,
+    /// Its entry in the forwarding table of the bridge that it is plugged into.
+    pin: Option<Pin>,
 }
 
 /// All cards, in the order of the configuration.
@@ -45,6 +47,7 @@ pub(super) struct Unplugged {
     pub(super) card: Card,
     pub(super) metrics: Arc<NetMetrics>,
     pub(super) port: Arc<Port>,
+    pub(super) pin: Option<Pin>,
 }
 
 impl Cards {
@@ -57,8 +60,8 @@ impl Cards {
     ) -> Result<Unplugged, VirtioError> {
         let failed =
             |error| VirtioError::Setup { device: format!("network card {}", config.id), error };
-        let tap = match config.attachment.tap() {
-            Some(tap) => tap::open(tap)?,
+        let (tap, pin) = match config.attachment.tap() {
+            Some(tap) => (tap::open(tap)?, None),
             None => network::make_tap(config, vm, tap::make)?,
         };
         let second = tap.try_clone().map_err(failed)?;
@@ -74,11 +77,18 @@ impl Cards {
         let backend = PortBackend::new(backend, Arc::clone(&port));
         let card = CardConfig { mac, mtu: config.mtu };
         let card = Net::with_metrics(backend, card, Arc::clone(&metrics));
-        Ok(Unplugged { card, metrics, port })
+        Ok(Unplugged { card, metrics, port, pin })
     }
 
-    pub(super) fn plugged(&mut self, id: &str, handle: Handle<Card, Memory>, port: Arc<Port>) {
-        self.cards.push(Plugged { id: id.to_owned(), handle, port, backlog: Mutex::default() });
+    pub(super) fn plugged(
+        &mut self,
+        id: &str,
+        handle: Handle<Card, Memory>,
+        port: Arc<Port>,
+        pin: Option<Pin>,
+    ) {
+        let backlog = Mutex::default();
+        self.cards.push(Plugged { id: id.to_owned(), handle, port, backlog, pin });
     }
 
     /// Number of cards.
@@ -126,7 +136,7 @@ impl Cards {
     /// Memory of the guest is still on its way, or all of it is there: until then frames wait beside the taps, whose
     /// queues are short, however long the guest or a card's thread waits for a page.
     pub fn set_behind(&self, behind: bool) {
-        for Plugged { id, handle, port, backlog } in &self.cards {
+        for Plugged { id, handle, port, backlog, .. } in &self.cards {
             let mut backlog = backlog.lock().unwrap_or_else(PoisonError::into_inner);
             // One that is there ends first.
             *backlog = None;
@@ -175,6 +185,14 @@ impl Cards {
 }
 
 impl LateFrames for Cards {
+    fn hold(&self, held: bool) {
+        for Plugged { id, pin, .. } in &self.cards {
+            let Some(Err(error)) = pin.as_ref().map(|pin| pin.set(held)) else { continue };
+            // Without it, what is sent here by who does not know better is lost as on any network.
+            tracing::info!(%error, held, card = id, "the bridge's entry for a card stays as it is");
+        }
+    }
+
     fn take(&self, committed: Instant, deadline: Instant) -> Vec<LateFrame> {
         loop {
             let rung = self.bell.count();

@@ -20,7 +20,7 @@ use devices::virtio::net::{FdBackend, MacAddress, NetBackend, NetMetrics, Offloa
 use devices::virtio::Buffers;
 use vm_memory::bitmap::BitmapSlice;
 
-use super::announce::{rarp, Announcement};
+use super::announce::{nobody, rarp, Announcement, EVERYBODY};
 
 /// Longest frame with its header, bytes.
 const MAX_FRAME: usize = 65_562;
@@ -283,12 +283,15 @@ impl Port {
         if !self.link_up.load(Ordering::Acquire) {
             return;
         }
-        match rustix::io::write(&self.tap, &rarp(self.mac)) {
-            Ok(_) => self.metrics.announced.increment(),
-            Err(error) => {
-                // The next one may get through.
-                tracing::debug!(%error, mac = %self.mac, "a card was not announced");
-                self.metrics.backend_errors.increment();
+        for (to, counted) in [(EVERYBODY, true), (nobody(), false)] {
+            match rustix::io::write(&self.tap, &rarp(self.mac, to)) {
+                Ok(_) if counted => self.metrics.announced.increment(),
+                Ok(_) => {}
+                Err(error) => {
+                    // The next one may get through.
+                    tracing::debug!(%error, mac = %self.mac, "a card was not announced");
+                    self.metrics.backend_errors.increment();
+                }
             }
         }
     }

@@ -114,7 +114,7 @@ impl VirtioSet {
             set.disks.push((handle, host_file));
         }
         for net in &config.nets {
-            let Unplugged { card, metrics, port } =
+            let Unplugged { card, metrics, port, pin } =
                 set.cards.make(net, &config.name, parts.disks)?;
             let counters = counters!(
                 metrics,
@@ -136,7 +136,7 @@ impl VirtioSet {
             let backend = |card: &Handle<Card, Memory>| cards::backend(card, &port).map(Some);
             let (slot, handle) = socket(&set.slots).plug(&net.id, card, counters, backend)?;
             set.slots.push(slot);
-            set.cards.plugged(&net.id, handle, port);
+            set.cards.plugged(&net.id, handle, port, pin);
         }
         if config.rng {
             let entropy = HostEntropy::new().map_err(|error| VirtioError::Setup {

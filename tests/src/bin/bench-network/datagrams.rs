@@ -86,12 +86,7 @@ fn receive(socket: &UdpSocket, stop: &AtomicBool) -> Vec<(u64, Instant)> {
 impl Stream {
     /// Of those sent from `from` until `to`: how many, how many were not answered, how many more than once.
     pub fn between(&self, from: Instant, to: Instant) -> (u64, u64, u64) {
-        let mut counts = vec![0_u32; self.sent.len()];
-        for (number, _) in &self.answers {
-            if let Some(count) = counts.get_mut(*number as usize) {
-                *count += 1;
-            }
-        }
+        let counts = self.counts();
         let theirs = self.sent.iter().zip(&counts);
         theirs.filter(|(at, _)| (from..to).contains(at)).fold(
             (0, 0, 0),
@@ -99,6 +94,30 @@ impl Stream {
                 (all + 1, lost + u64::from(*one.1 == 0), twice + u64::from(*one.1 > 1))
             },
         )
+    }
+
+    /// When the first and the last of those was sent that were not answered.
+    pub fn lost_at(&self, from: Instant, to: Instant) -> Option<(Instant, Instant)> {
+        let counts = self.counts();
+        let lost = self
+            .sent
+            .iter()
+            .zip(&counts)
+            .filter(|(at, count)| (from..to).contains(at) && **count == 0);
+        let mut lost = lost.map(|(at, _)| *at);
+        let first = lost.next()?;
+        Some((first, lost.next_back().unwrap_or(first)))
+    }
+
+    /// How often each was answered.
+    fn counts(&self) -> Vec<u32> {
+        let mut counts = vec![0; self.sent.len()];
+        for (number, _) in &self.answers {
+            if let Some(count) = counts.get_mut(*number as usize) {
+                *count += 1;
+            }
+        }
+        counts
     }
 
     /// The longest time without an answer from `from` until `to`.

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ::tests::bench::{Result, LIMIT};
+use rustix::net::sockopt::set_socket_recv_buffer_size;
 
 /// Length of a bin of throughput.
 pub const BIN: Duration = Duration::from_millis(10);
@@ -40,9 +41,12 @@ pub struct Course {
 }
 
 impl Download {
-    /// Begins it, from the network of this thread.
-    pub fn start(from: SocketAddr) -> Result<Self> {
+    /// Begins it, from the network of this thread; with so large a receive buffer, bytes, or what the kernel thinks best.
+    pub fn start(from: SocketAddr, buffer: Option<usize>) -> Result<Self> {
         let mut stream = TcpStream::connect(from)?;
+        if let Some(buffer) = buffer {
+            set_socket_recv_buffer_size(&stream, buffer)?;
+        }
         stream.set_read_timeout(Some(LIMIT))?;
         let stop = Arc::new(AtomicBool::new(false));
         let halt = Arc::clone(&stop);

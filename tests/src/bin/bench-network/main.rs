@@ -117,7 +117,7 @@ fn measure(
             let (samples, failures) = (Vec::new(), Vec::new());
             Cell { topology, mode: *mode, subject: *subject, rate, samples, failures }
         }));
-        let how = How { mode: *mode, bandwidth: options.bandwidth };
+        let how = How { mode: *mode, bandwidth: options.bandwidth, own_wire: options.own_wire };
         for run in 0..options.runs {
             for turn in 0..subjects.len() {
                 let cell: &mut Cell = &mut cells[first + (run + turn) % subjects.len()];

@@ -8,7 +8,7 @@ use crate::subject::{Mode, Subject};
 
 const USAGE: &str = "\
 Usage: bench-network [--quick] [--topology LIST] [--mode LIST] [--subjects LIST] [--rate N] [--runs N] [--bandwidth MIB]
-                     [--json FILE]
+                     [--own-wire] [--json FILE]
 
   --topology LIST  bridge, vxlan, ovs, nat [default: all that can be had here]
   --mode LIST      precopy, postcopy [default: both]
@@ -17,6 +17,7 @@ Usage: bench-network [--quick] [--topology LIST] [--mode LIST] [--subjects LIST]
                    a migration]
   --runs N         runs of each [default: 10]
   --bandwidth MIB  move at most so many MiB of memory per second [default: no limit]
+  --own-wire       memory goes over a wire of its own, beside the network that the guest is in
   --quick          bridge and two runs: a look, no figures
   --json FILE      write all samples to FILE: throughput in bins of 10 ms among them
 
@@ -49,6 +50,8 @@ pub struct Options {
     pub runs: usize,
     /// MiB per second that memory moves with at most.
     pub bandwidth: Option<u64>,
+    /// Memory goes over a wire of its own.
+    pub own_wire: bool,
     /// Where samples go.
     pub json: Option<PathBuf>,
 }
@@ -78,6 +81,7 @@ impl Options {
             rate: 10_000,
             runs: 10,
             bandwidth: None,
+            own_wire: false,
             json: None,
         };
         while let Some(argument) = arguments.next() {
@@ -94,6 +98,7 @@ impl Options {
                 "--rate" => options.rate = number(value()?)?,
                 "--runs" => options.runs = number(value()?)? as usize,
                 "--bandwidth" => options.bandwidth = Some(number(value()?)?),
+                "--own-wire" => options.own_wire = true,
                 "--json" => options.json = Some(value()?.into()),
                 "--help" | "-h" => return Err(USAGE.to_owned()),
                 other => return Err(format!("{other} is not known\n{USAGE}")),
@@ -117,12 +122,13 @@ mod tests {
         let all = parse("").unwrap();
         assert_eq!((all.topologies.len(), all.modes.len(), all.runs), (4, 2, 10));
         let some = parse(
-            "--quick --topology nat,ovs --mode postcopy --subjects qemu --rate 7 --bandwidth 50",
+            "--quick --topology nat,ovs --mode postcopy --subjects qemu --rate 7 --bandwidth 50 --own-wire",
         )
         .unwrap();
         assert_eq!(some.topologies, [Topology::Nat, Topology::Ovs]);
         assert_eq!((some.modes, some.subjects), (vec![Mode::Postcopy], vec![Subject::Qemu]));
         assert_eq!((some.rate, some.runs, some.bandwidth), (7, 2, Some(50)));
+        assert!(some.own_wire && !all.own_wire);
     }
 
     #[test]

@@ -45,6 +45,19 @@ pub struct How {
     pub mode: Mode,
     /// At most so many MiB of it per second.
     pub bandwidth: Option<u64>,
+    /// Memory goes over a wire of its own.
+    pub own_wire: bool,
+}
+
+impl How {
+    /// Where a host is reached by memory.
+    fn address(self, to: &Site) -> String {
+        if self.own_wire {
+            to.wire_address()
+        } else {
+            to.address()
+        }
+    }
 }
 
 /// A guest that runs, and what it runs in.
@@ -161,7 +174,7 @@ impl Running {
 
     fn migrate_minivmm(&mut self, from: &Site, to: &Site) -> Result<(Instant, Value)> {
         const LISTENS: &str = "listening on ";
-        let listen = format!("{}:0", to.address());
+        let listen = format!("{}:0", self.how.address(to));
         let command =
             to.host.command(&["receive", "--listen", &listen, "--once", "--console", "stdio"]);
         let (next, line) = at(to, move || {
@@ -190,11 +203,14 @@ impl Running {
     fn migrate_qemu(&mut self, to: &Site) -> Result<(Instant, Value)> {
         let mut next = qemu(&self.tools, to, self.how, &self.options, true)?;
         let qmp = next.qmp()?;
-        qmp.command("migrate-incoming", json!({ "uri": format!("tcp:{}:0", to.address()) }))?;
+        qmp.command(
+            "migrate-incoming",
+            json!({ "uri": format!("tcp:{}:0", self.how.address(to)) }),
+        )?;
         let state = qmp.command("query-migrate", json!({}))?;
         let listens = &state["socket-address"][0];
         let port = listens["port"].as_str().ok_or("QEMU does not say where it listens")?;
-        let uri = format!("tcp:{}:{port}", to.address());
+        let uri = format!("tcp:{}:{port}", self.how.address(to));
         let qmp = self.guest.qmp()?;
         let order = Instant::now();
         qmp.command("migrate", json!({ "uri": uri }))?;
