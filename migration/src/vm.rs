@@ -230,8 +230,8 @@ pub const MAX_LATE_FRAME: usize = (64 << 10) + 64;
 /// Frames for a guest that has stopped: kept from the pause on, for who runs the guest next. If it goes
 /// on at the source, [`VmControl::resume`] gives them to it.
 pub trait LateFrames: Send + Sync {
-    /// While held, frames for the guest come here that are sent here, though the guest is announced elsewhere. Ends by
-    /// `false`, which may be said more than once.
+    /// While held, frames for the guest come here that are sent here, though the guest is announced elsewhere. Ends by `false`. Both
+    /// may be said more than once; the guest stands when it is said again right before COMMIT, so that this is to be quick.
     fn hold(&self, held: bool) {
         let _ = held;
     }

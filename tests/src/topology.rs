@@ -245,12 +245,12 @@ impl Site {
         format!("10.8.0.{}", self.number)
     }
 
-    /// Whether its Open vSwitch has a fixed port for this address; `None` where it knows none, or is not there.
+    /// Whether its Open vSwitch has a flow for this address; not where it has none.
     #[must_use]
-    pub fn held_in_switch(&self, mac: &str) -> Option<bool> {
-        let switch = self.switch.clone()?;
-        let table = self.place.on(move || switch.appctl(&["fdb/show", "ov-blue"]));
-        table.lines().find(|line| line.contains(mac)).map(|line| line.contains("static"))
+    pub fn held_in_switch(&self, mac: &str) -> bool {
+        let Some(switch) = self.switch.clone() else { return false };
+        let flows = self.place.on(move || switch.appctl(&["bridge/dump-flows", "ov-blue"]));
+        flows.contains(&format!("dl_dst={mac}"))
     }
 
     /// Has its Open vSwitch, if it has one, forget what it did with frames. It keeps that for 10 s after the last one that

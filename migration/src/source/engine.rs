@@ -323,6 +323,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                 }
             }
             SourceAction::SendCommit => {
+                self.hold_frames();
                 let run = !vm.paused_by_operator();
                 self.committed = Some(Instant::now());
                 self.link().and_then(|link| Ok(link.send(&Commit { run })?)).map_err(

@@ -1,6 +1,9 @@
 //! Networks on Open vSwitch, with daemons of the test's own and its datapath in user space.
 
+use migration::stream::RecordType;
 use tests::open_vswitch::OpenVswitch;
+use tests::proxy::{On, Proxy, Spot, Way};
+use tests::Migrating;
 
 use super::*;
 
@@ -12,6 +15,8 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         ports_of_a_bridge_that_was_there_come_and_go,
         a_daemon_that_is_not_there_is_told,
     );
+    let kvm = tests::kvm();
+    add!(suite, &[&needs[..], &[&kvm]].concat(); the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves);
 }
 
 fn a_bridge_of_open_vswitch_is_made_and_removed() {
@@ -74,6 +79,42 @@ fn ports_of_a_bridge_that_was_there_come_and_go() {
         let taken = network(&host, "create sw --type ovs --bridge under0");
         taken.refused(5, &["interface under0 is there already"]);
         assert!(files(&host).is_empty());
+    };
+    in_private_network(test).unwrap();
+}
+
+fn the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves() {
+    let test = || {
+        let (a, b) = (Host::new(), Host::new());
+        let switch = OpenVswitch::start(&a, false);
+        switch.vsctl(&[
+            "add-br",
+            "br-int",
+            "--",
+            "set",
+            "bridge",
+            "br-int",
+            "datapath_type=netdev",
+        ]);
+        network(&a, "create sw --type ovs --bridge br-int --vlan 7").ok();
+        let flows = || switch.appctl(&["bridge/dump-flows", "br-int"]);
+        let before = flows().lines().count();
+        let mut vm = a.run("virtio=irq ws=8 pace=0", &["--net", "id=net,network=sw"]).ready();
+        let (mut next, destination) = b.receive(&["--net", "net=bridge=mv-sw"]);
+        let proxy = Proxy::apart(&destination);
+        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
+        let migrating = Migrating::start(&a, &proxy.address(), &["--dead-after", "60s"]);
+        paused.wait();
+        let held = flows();
+        let flow = held.lines().find(|line| line.contains("dl_vlan=7,dl_dst=")).expect(&held);
+        assert!(flow.contains("actions=strip_vlan,output"), "{flow}");
+        paused.release();
+        let finished = migrating.end();
+        assert_eq!(finished.code, Some(0), "{finished:?}");
+        vm.ends_well();
+        drop(proxy);
+        assert_eq!(flows().lines().count(), before, "{}", flows());
+        next.verify();
     };
     in_private_network(test).unwrap();
 }

@@ -109,7 +109,7 @@ fn plug(tap: &str, net: &NetConfig, vm: &str) -> Result<Option<Pin>, NetworkErro
         let alias = alias(vm, &net.id, net.mac);
         let links = Links::open()?;
         links.attach(tap, &bridge, Some((mtu, &alias)))?;
-        let pin = Pin::new(links.get(tap)?.index, net.mac, switch.as_ref());
+        let pin = Pin::new(links.get(tap)?.index, net.mac, switch);
         pin.map(Some).map_err(|error| NetworkError::kernel("open an rtnetlink socket", error))
     };
     plugged().map_err(at_card)

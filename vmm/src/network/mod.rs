@@ -19,6 +19,7 @@
 mod attach;
 mod error;
 mod links;
+mod openflow;
 mod options;
 mod pin;
 mod plan;
