@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use rustix::process::{Pid, Signal};
+
 use crate::network::said;
 use crate::{tied, Host, Need};
 
@@ -66,6 +68,16 @@ impl OpenVswitch {
         let child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         self.daemons.push(child.unwrap());
+    }
+
+    /// Stops its daemons, for good: they answer nothing any more.
+    ///
+    /// # Panics
+    /// They are not there.
+    pub fn hang(&self) {
+        for daemon in &self.daemons {
+            rustix::process::kill_process(Pid::from_child(daemon), Signal::STOP).unwrap();
+        }
     }
 
     /// What `ovs-vsctl` says.

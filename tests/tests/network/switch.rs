@@ -16,7 +16,10 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         a_daemon_that_is_not_there_is_told,
     );
     let kvm = tests::kvm();
-    add!(suite, &[&needs[..], &[&kvm]].concat(); the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves);
+    add!(suite, &[&needs[..], &[&kvm]].concat();
+        the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves,
+        a_guest_leaves_though_open_vswitch_does_not_answer,
+    );
 }
 
 fn a_bridge_of_open_vswitch_is_made_and_removed() {
@@ -114,6 +117,32 @@ fn the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves() {
         vm.ends_well();
         drop(proxy);
         assert_eq!(flows().lines().count(), before, "{}", flows());
+        next.verify();
+    };
+    in_private_network(test).unwrap();
+}
+
+fn a_guest_leaves_though_open_vswitch_does_not_answer() {
+    let test = || {
+        let (a, b) = (Host::new(), Host::new());
+        let switch = OpenVswitch::start(&a, false);
+        switch.vsctl(&[
+            "add-br",
+            "br-int",
+            "--",
+            "set",
+            "bridge",
+            "br-int",
+            "datapath_type=netdev",
+        ]);
+        network(&a, "create sw --type ovs --bridge br-int").ok();
+        let mut vm = a.run("virtio=irq ws=8 pace=0", &["--net", "id=net,network=sw"]).ready();
+        let (mut next, destination) = b.receive(&["--net", "net=bridge=mv-sw"]);
+        let proxy = Proxy::apart(&destination);
+        switch.hang();
+        let finished = Migrating::start(&a, &proxy.address(), &["--dead-after", "60s"]).end();
+        assert_eq!(finished.code, Some(0), "{finished:?}");
+        vm.ends_well();
         next.verify();
     };
     in_private_network(test).unwrap();

@@ -38,6 +38,8 @@ pub struct Pin {
 
 #[derive(Debug, Default)]
 struct Held {
+    /// It is to be.
+    wanted: bool,
     bridge: bool,
     switch: Option<Flow>,
 }
@@ -64,25 +66,27 @@ impl Pin {
     }
 
     /// Holds the way, or lets it be learned again. What Open vSwitch was told ends by itself after some seconds: it is to be said
-    /// again until then, which takes no more than a write.
+    /// again until then. Only the first time waits for Open vSwitch, 1 s for each answer at most.
     ///
     /// # Errors
-    /// The kernel's, and Open vSwitch's.
+    /// The kernel's, and Open vSwitch's; what can be done without the other is done.
     pub fn set(&self, held: bool) -> io::Result<()> {
         let mut now = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = !std::mem::replace(&mut now.wanted, held) && held;
+        let mut bridge = Ok(());
         if now.bridge != held {
-            self.ask(if held { &self.hold } else { &self.let_go })?;
-            now.bridge = held;
+            bridge = self.ask(if held { &self.hold } else { &self.let_go });
+            now.bridge = held == bridge.is_ok();
         }
-        let Some(switch) = &self.switch else { return Ok(()) };
-        match (held, &mut now.switch) {
-            (true, Some(flow)) => flow.renew(),
-            (true, none) => {
-                *none = Some(Flow::add(switch, self.mac)?);
-                Ok(())
+        let switch = match (held, now.switch.take(), &self.switch) {
+            (true, None, Some(switch)) if first => {
+                Flow::add(switch, self.mac).map(|flow| now.switch = Some(flow))
             }
-            (false, flow) => flow.take().map_or(Ok(()), Flow::remove),
-        }
+            (true, Some(mut flow), _) => flow.renew().map(|()| now.switch = Some(flow)),
+            (false, Some(flow), _) => flow.remove(),
+            _ => Ok(()),
+        };
+        bridge.and(switch)
     }
 
     fn ask(&self, request: &[u8]) -> io::Result<()> {
