@@ -4,9 +4,11 @@
 
 use std::process::{Command, ExitCode};
 
+use migration::stream::RecordType;
 use serde_json::Value;
 use tests::network::{in_private_network, ip, program, said};
-use tests::{add, finish, network_namespaces, root, Finished, Host, Need, Suite};
+use tests::proxy::{Held, On, Proxy, Spot, Way};
+use tests::{add, finish, network_namespaces, root, Finished, Host, Migrating, Need, Suite};
 
 #[path = "network/attached.rs"]
 mod attached;
@@ -99,6 +101,17 @@ fn network(host: &Host, line: &str) -> Finished {
 #[track_caller]
 fn json(host: &Host, line: &str) -> Value {
     host.json(&words(line))
+}
+
+/// Begins to move the VM `vm` of `host`, to what listens at `destination` on another host as far as it can tell, and
+/// stops right after the guest did.
+#[track_caller]
+fn stopped(host: &Host, destination: &str) -> (Proxy, Held, Migrating) {
+    let proxy = Proxy::apart(destination);
+    let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
+    let migrating = Migrating::start(host, &proxy.address(), &["--dead-after", "60s"]);
+    paused.wait();
+    (proxy, paused, migrating)
 }
 
 /// The files of declared networks.

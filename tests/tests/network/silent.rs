@@ -4,14 +4,12 @@
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use migration::stream::RecordType;
 use tests::capture::Tunnelled;
 use tests::network::{EVERYBODY, HOST_ADDRESS};
 use tests::numbered::Numbered;
 use tests::open_vswitch::OpenVswitch;
-use tests::proxy::{On, Proxy, Spot, Way};
 use tests::topology::{Site, Sites, Topology, MAC, MAC_BYTES};
-use tests::{kvm, Migrating, PATIENCE};
+use tests::{kvm, PATIENCE};
 
 use super::*;
 
@@ -60,13 +58,7 @@ fn the_way_to_a_guest_that_leaves_is_held_through_open_vswitch() {
 
     let (mut next, destination) = b.receive();
     let host = std::sync::Arc::clone(&a.host);
-    let (proxy, paused, migrating) = a.place.on(move || {
-        let proxy = Proxy::apart(&destination);
-        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
-        let migrating = Migrating::start(&host, &proxy.address(), &["--dead-after", "60s"]);
-        (proxy, paused, migrating)
-    });
-    paused.wait();
+    let (proxy, paused, migrating) = a.place.on(move || stopped(&host, &destination));
     assert_eq!((held_at_tap(a), a.held_in_switch(MAC)), (Some(true), true));
     paused.release();
     let finished = migrating.end();
@@ -85,13 +77,7 @@ fn a_guest_that_stays_is_not_held() {
     let mut vm = a.run("ws=8 pace=0");
     let (_next, destination) = b.receive();
     let host = std::sync::Arc::clone(&a.host);
-    let (proxy, paused, migrating) = a.place.on(move || {
-        let proxy = Proxy::apart(&destination);
-        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
-        let migrating = Migrating::start(&host, &proxy.address(), &[]);
-        (proxy, paused, migrating)
-    });
-    paused.wait();
+    let (proxy, paused, migrating) = a.place.on(move || stopped(&host, &destination));
     assert_eq!(held_at_tap(a), Some(true));
     drop(proxy);
     let finished = migrating.end();
@@ -118,13 +104,7 @@ fn a_host_is_silent_for_a_guest_that_leaves_and_passes_nothing_on_twice() {
     let passing = between.on(Tunnelled::begin);
     talks_from(&passing, b);
     let host = std::sync::Arc::clone(&b.host);
-    let (proxy, paused, migrating) = b.place.on(move || {
-        let proxy = Proxy::apart(&destination);
-        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
-        let migrating = Migrating::start(&host, &proxy.address(), &["--dead-after", "60s"]);
-        (proxy, paused, migrating)
-    });
-    paused.wait();
+    let (proxy, paused, migrating) = b.place.on(move || stopped(&host, &destination));
     assert_eq!(
         held_at_tap(b),
         Some(true),

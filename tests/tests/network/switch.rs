@@ -1,9 +1,6 @@
 //! Networks on Open vSwitch, with daemons of the test's own and its datapath in user space.
 
-use migration::stream::RecordType;
 use tests::open_vswitch::OpenVswitch;
-use tests::proxy::{On, Proxy, Spot, Way};
-use tests::Migrating;
 
 use super::*;
 
@@ -20,6 +17,12 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves,
         a_guest_leaves_though_open_vswitch_does_not_answer,
     );
+}
+
+/// A bridge `br-int` of an operator's.
+fn add_bridge(switch: &OpenVswitch) {
+    let bridge = ["add-br", "br-int", "--", "set", "bridge", "br-int", "datapath_type=netdev"];
+    switch.vsctl(&bridge);
 }
 
 fn a_bridge_of_open_vswitch_is_made_and_removed() {
@@ -61,15 +64,7 @@ fn ports_of_a_bridge_that_was_there_come_and_go() {
     let test = || {
         let host = Host::new();
         let switch = OpenVswitch::start(&host, false);
-        switch.vsctl(&[
-            "add-br",
-            "br-int",
-            "--",
-            "set",
-            "bridge",
-            "br-int",
-            "datapath_type=netdev",
-        ]);
+        add_bridge(&switch);
         let before = everything(false);
         network(&host, "create sw --type ovs --bridge br-int").ok();
         assert_eq!(switch.vsctl(&["list-ports", "br-int"]), "mp-sw\n");
@@ -90,24 +85,13 @@ fn the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves() {
     let test = || {
         let (a, b) = (Host::new(), Host::new());
         let switch = OpenVswitch::start(&a, false);
-        switch.vsctl(&[
-            "add-br",
-            "br-int",
-            "--",
-            "set",
-            "bridge",
-            "br-int",
-            "datapath_type=netdev",
-        ]);
+        add_bridge(&switch);
         network(&a, "create sw --type ovs --bridge br-int --vlan 7").ok();
         let flows = || switch.appctl(&["bridge/dump-flows", "br-int"]);
         let before = flows().lines().count();
         let mut vm = a.run("virtio=irq ws=8 pace=0", &["--net", "id=net,network=sw"]).ready();
         let (mut next, destination) = b.receive(&["--net", "net=bridge=mv-sw"]);
-        let proxy = Proxy::apart(&destination);
-        let paused = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Complete));
-        let migrating = Migrating::start(&a, &proxy.address(), &["--dead-after", "60s"]);
-        paused.wait();
+        let (proxy, paused, migrating) = stopped(&a, &destination);
         let held = flows();
         let flow = held.lines().find(|line| line.contains("dl_vlan=7,dl_dst=")).expect(&held);
         assert!(flow.contains("actions=strip_vlan,output"), "{flow}");
@@ -126,15 +110,7 @@ fn a_guest_leaves_though_open_vswitch_does_not_answer() {
     let test = || {
         let (a, b) = (Host::new(), Host::new());
         let switch = OpenVswitch::start(&a, false);
-        switch.vsctl(&[
-            "add-br",
-            "br-int",
-            "--",
-            "set",
-            "bridge",
-            "br-int",
-            "datapath_type=netdev",
-        ]);
+        add_bridge(&switch);
         network(&a, "create sw --type ovs --bridge br-int").ok();
         let mut vm = a.run("virtio=irq ws=8 pace=0", &["--net", "id=net,network=sw"]).ready();
         let (mut next, destination) = b.receive(&["--net", "net=bridge=mv-sw"]);
