@@ -266,7 +266,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         SourceEvent::Failed(failure.cause)
     }
 
-    fn handle(&mut self, event: SourceEvent) {
+    pub(super) fn handle(&mut self, event: SourceEvent) {
         let mut next = Some(event);
         while let Some(event) = next.take() {
             let (phase, actions) = step_source(self.phase, event);
@@ -343,7 +343,12 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
                 }
             }
             SourceAction::JournalUnresolved => {
-                self.close_connections();
+                let why = self.reasons.join("; ");
+                tracing::warn!(
+                    why,
+                    "it is not known whether the destination has the VM; asking its host"
+                );
+                self.disconnect();
                 self.journal(EntryState::Unresolved);
             }
             // The work of the phase.
@@ -533,6 +538,24 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         }
         if let Some(link) = self.link.take() {
             link.close();
+        }
+    }
+
+    /// Ends all connections, and forgets what came on them: threads that are left speak to nobody any more.
+    pub(super) fn disconnect(&mut self) {
+        self.close_connections();
+        self.early = None;
+        let (sender, inbox) = mpsc::channel();
+        let mut state = self.around.control.state();
+        state.inbox = Some(sender.clone());
+        let old = std::mem::replace(&mut self.inbox, inbox);
+        drop(state);
+        self.sender = sender;
+        for input in old.try_iter() {
+            if !matches!(input, Input::Peer(_) | Input::Lost(..) | Input::PassDone { .. }) {
+                // The inbox lives as long as the engine.
+                let _ = self.sender.send(input);
+            }
         }
     }
 

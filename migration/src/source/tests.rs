@@ -15,11 +15,26 @@ use crate::transport::{Listener, Stream};
 
 mod peer;
 mod retract;
+mod unresolved;
 
 type Out = RecordWriter<Stream>;
 
 fn small_layout() -> MemoryLayout {
     MemoryLayout::new([PageRange::new(Gfn(0), 16).unwrap()]).unwrap()
+}
+
+fn small_offering() -> Offering<'static> {
+    Offering {
+        name: "web".to_owned(),
+        machine: Machine {
+            program_version: String::new(),
+            identity_version: 1,
+            identity: Vec::new(),
+        },
+        config: Config { version: 1, data: Vec::new() },
+        resources: Config { version: 1, data: Vec::new() },
+        blobs: Vec::new(),
+    }
 }
 
 /// Offers a VM to a destination that reads the offer and then does `answer`.
@@ -59,19 +74,8 @@ fn offer_with(
             // Until the source closes it.
             while records.next_record().is_ok() {}
         });
-        let offering = Offering {
-            name: "web".to_owned(),
-            machine: Machine {
-                program_version: String::new(),
-                identity_version: 1,
-                identity: Vec::new(),
-            },
-            config: Config { version: 1, data: Vec::new() },
-            resources: Config { version: 1, data: Vec::new() },
-            blobs: Vec::new(),
-        };
         let control = SourceControl::new(MigrationId::random().unwrap());
-        migrate_to(&vm, offering, &network, &journal, &options, &control, &|_| {})
+        migrate_to(&vm, small_offering(), &network, &journal, &options, &control, &|_| {})
     });
     assert!(vm.is_running() && !vm.is_tracking(), "nothing has changed");
     match report.outcome {

@@ -207,6 +207,16 @@ pub fn a_source_outlives_a_destination_that_lies_after_the_switch() {
     for (words, lie) in asked {
         one_lie(StreamKind::Requests, By::Destination, words, &[], lie);
     }
+    // Whether the guest runs there has to be asked.
+    let nonsense: Lie = |record_type, _, out| {
+        let resumed = record_type == RecordType::Resumed;
+        if resumed {
+            out.write(RecordType::Loaded, &[0]);
+        }
+        resumed
+    };
+    let words = "once each must follow";
+    one_lie(StreamKind::Migration, By::Destination, words, &[], nonsense);
     // It has not, and the pages that it lacks are nowhere else.
     let early: Lie = |record_type, payload, out| {
         let resumed = record_type == RecordType::Resumed;

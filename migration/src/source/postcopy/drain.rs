@@ -1,7 +1,7 @@
 //! The engine from the switch on: what it tells the destination, and how it sees to it that all memory arrives.
 
 use std::sync::atomic::Ordering;
-use std::sync::{mpsc, Arc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::address::{Gfn, PageRange};
@@ -245,23 +245,6 @@ impl Engine<'_, '_, '_> {
         self.tell(Some(format!(
             "postcopy-paused: {why}; trying again; if the VM is gone there, it is lost"
         )));
-    }
-
-    fn disconnect(&mut self) {
-        self.close_connections();
-        // Threads of the connections that were lost speak to nobody any more.
-        let (sender, inbox) = mpsc::channel();
-        let mut state = self.around.control.state();
-        state.inbox = Some(sender.clone());
-        let old = std::mem::replace(&mut self.inbox, inbox);
-        drop(state);
-        self.sender = sender;
-        for input in old.try_iter() {
-            if matches!(input, crate::source::Input::Detach | crate::source::Input::Recover(_)) {
-                // The inbox lives as long as the engine.
-                let _ = self.sender.send(input);
-            }
-        }
     }
 
     /// Waits, unless an operator wants it to go on now, perhaps to another address.
