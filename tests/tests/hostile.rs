@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use migration::stream::{RecordReader, RecordType, RecordWriter, StreamKind};
 use postcopy::{
     a_destination_outlives_a_source_that_lies_after_the_switch,
+    a_guest_that_reboots_without_its_memory_can_be_ended,
     a_peer_that_always_lies_pauses_postcopy_and_both_ends_can_be_ended,
     a_source_outlives_a_destination_that_lies_after_the_switch,
     floods_of_requests_are_answered_once,
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         a_source_outlives_a_destination_that_lies_after_the_switch,
         floods_of_requests_are_answered_once,
         a_peer_that_always_lies_pauses_postcopy_and_both_ends_can_be_ended,
+        a_guest_that_reboots_without_its_memory_can_be_ended,
     );
     suite.run()
 }

@@ -475,7 +475,7 @@ fn wait_for_end(
     // A machine whose senders are gone has ended.
     while let Ok(request) = requests.recv() {
         if request == GuestRequest::Reset && on_reboot == OnReboot::Restart {
-            if let Err(error) = machine.reset() {
+            if let Err(error) = reset(machine) {
                 let reason = format!("the machine could not be reset: {error}");
                 return crashed(machine, &reason, "");
             }
@@ -515,6 +515,24 @@ fn wait_for_end(
         }
     }
     RunEnd::Killed
+}
+
+/// The kernel is loaded into memory that may never come: an operator who ends the VM does not wait for that.
+fn reset(machine: &Machine) -> Result<(), MachineError> {
+    const LOOK: Duration = Duration::from_millis(20);
+    if !machine.is_draining() {
+        return machine.reset();
+    }
+    thread::scope(|scope| {
+        let resetting = scope.spawn(|| machine.reset());
+        while !resetting.is_finished() && !machine.is_ending() {
+            thread::sleep(LOOK);
+        }
+        if !resetting.is_finished() {
+            end_within_limit();
+        }
+        resetting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// A VM ends that lacks a part of its memory. Who waits for a missing page cannot be stopped, and must not go on with

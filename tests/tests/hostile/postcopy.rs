@@ -234,6 +234,30 @@ pub fn a_source_outlives_a_destination_that_lies_after_the_switch() {
     one_lie(StreamKind::Migration, By::Destination, "does not say that it has it", &args, silent);
 }
 
+/// Its kernel is loaded again, into memory of which a page never comes.
+pub fn a_guest_that_reboots_without_its_memory_can_be_ended() {
+    let (a, b) = (Host::new(), Host::new());
+    let source = a.run("ws=8 dirty=0 verify=off report=0 pace=0", &[]).ready();
+    let (mut destination, to) = b.receive(&[]);
+    // Where the ACPI tables are, which the guest has read.
+    const TABLES: std::ops::Range<u64> = 0xe0..0x100;
+    let lie: Lie = |record_type, payload, _| {
+        let gfn = || u64::from_le_bytes(payload[8..16].try_into().unwrap());
+        record_type == RecordType::Request && TABLES.contains(&gfn())
+    };
+    let liar = Liar::to(&to, StreamKind::Requests, By::Destination, 1, lie);
+    let args = ["--mode", "postcopy", "--push", "off", "--prepaging", "off"];
+    let migrating = Migrating::start(&a, &liar.address(), &args);
+    until(|| current(&b)["phase"] == "draining");
+    destination.ask("reboot", "reboot");
+    until(|| liar.is_done());
+    source.kill_9();
+    assert_ne!(migrating.end().code, Some(0));
+    assert_eq!(b.cli(&["kill", "vm"]).code, Some(0));
+    let ended = destination.end();
+    assert_eq!(ended.code, Some(1), "{ended:#?}");
+}
+
 /// What is asked for again and again costs time, and nothing else.
 pub fn floods_of_requests_are_answered_once() {
     let (a, b) = (Host::new(), Host::new());
