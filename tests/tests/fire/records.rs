@@ -1,9 +1,10 @@
 //! Single records that are not as they were sent, and a source that cannot ask.
 
 use migration::stream::RecordType;
+use serde_json::Value;
 use tests::fire::{moves, runs, until, Place, Scene, Thief};
 use tests::proxy::{Cut, Edit, On, Spot, Way};
-use tests::{add, Need, Suite};
+use tests::{add, Migrating, Need, Suite};
 
 /// Nothing is written after round 0, which would make a damaged page good again.
 const STILL: &str = "ws=8 dirty=0 report=0 pace=0 beat=20";
@@ -14,6 +15,7 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         half_a_record_and_a_record_that_comes_twice_end_the_migration,
         an_answer_that_is_lost_is_asked_for_again,
         a_disk_that_cannot_be_taken_back_is_waited_for,
+        a_vm_whose_disk_cannot_be_taken_back_can_be_ended,
         a_guest_that_runs_twice_is_seen,
     );
 }
@@ -98,19 +100,38 @@ fn an_answer_that_is_lost_is_asked_for_again() {
     }
 }
 
-fn a_disk_that_cannot_be_taken_back_is_waited_for() {
-    let mut scene = Scene::start_with_disk();
+/// COMMIT is lost, the verdict is `not here`, and another process has the disk.
+fn without_its_disk() -> (Scene, Migrating, Thief) {
+    let scene = Scene::start_with_disk();
     let held = scene.proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Commit));
     let migrating = scene.migrate(&[]);
     held.wait();
     let thief = Thief::take(scene.disk.as_ref().unwrap());
     scene.proxy.cut(On::Main, Cut::Reset);
-    // The verdict is `not here`, and the guest stands still until it has its disk.
     until("a note", || {
         let current = &scene.here.host.json(&["migration", "vm"])["current"];
         let note = current["progress"]["note"].as_str().unwrap_or_default().to_owned();
         note.contains("the VM is here and paused")
     });
+    (scene, migrating, thief)
+}
+
+fn a_vm_whose_disk_cannot_be_taken_back_can_be_ended() {
+    let (mut scene, migrating, thief) = without_its_disk();
+    scene.here.host.ok(&["kill", "vm"]);
+    scene.source().ends_well();
+    let finished = migrating.end();
+    assert_eq!(finished.code, Some(1), "{finished:#?}");
+    assert_eq!(scene.destination().end().code, Some(1));
+    assert_eq!(scene.here.host.json(&["list"]), Value::Array(Vec::new()));
+    drop(thief);
+    // Nobody has it any more.
+    drop(Thief::take(scene.disk.as_ref().unwrap()));
+}
+
+fn a_disk_that_cannot_be_taken_back_is_waited_for() {
+    let (mut scene, migrating, thief) = without_its_disk();
+    // The guest stands still until it has its disk.
     let beats = scene.source().console.last_beat();
     let exits = || scene.here.host.json(&["stats", "vm"])["vcpus"].clone();
     assert_eq!(exits(), exits(), "it stands still");
