@@ -28,8 +28,8 @@ impl Session<'_, '_, '_> {
         }
     }
 
-    pub(super) fn decision(&self) -> Option<Owner> {
-        self.entry.as_ref().and_then(DestinationEntry::decision)
+    pub(super) fn decision(&mut self) -> Option<Owner> {
+        self.entry.as_mut().and_then(DestinationEntry::decision)
     }
 
     pub(super) fn decide(&mut self, owner: Owner) -> DestinationEvent {

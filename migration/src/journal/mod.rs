@@ -167,7 +167,8 @@ impl Journal {
         peer: &str,
     ) -> Result<SourceEntry, JournalError> {
         let entry = Entry::new(id, Side::Source, EntryState::Migrating, vm, peer);
-        let mut begun = SourceEntry { journal: self.clone(), id, entry, staged: None };
+        let mut begun =
+            SourceEntry { journal: self.clone(), id, entry, staged: None, written: true };
         begun.set(EntryState::Migrating)?;
         Ok(begun)
     }
@@ -186,7 +187,13 @@ impl Journal {
         let mut entry = Entry::new(id, Side::Destination, EntryState::Incoming, vm, peer);
         entry.set_token(token);
         self.replace(&self.path(id, "destination"), &entry)?;
-        Ok(DestinationEntry { journal: self.clone(), id, entry, staged: None })
+        Ok(DestinationEntry {
+            journal: self.clone(),
+            id,
+            entry,
+            staged: None,
+            unresolved_unwritten: false,
+        })
     }
 
     /// What this host says about a migration's end. `None` for the token when the caller is an
@@ -435,6 +442,8 @@ pub struct SourceEntry {
     entry: Entry,
     /// `handed over`, written ahead.
     staged: Option<Staged>,
+    /// The file says the same.
+    written: bool,
 }
 
 impl SourceEntry {
@@ -465,11 +474,18 @@ impl SourceEntry {
 
     pub(crate) fn set(&mut self, state: EntryState) -> Result<(), JournalError> {
         self.entry.state = state;
-        self.journal.replace(&self.journal.path(self.id, "source"), &self.entry.renewed())
+        let path = self.journal.path(self.id, "source");
+        let written = self.journal.replace(&path, &self.entry.renewed());
+        self.written = written.is_ok();
+        written
     }
 
-    /// What an operator made of it, if one did.
-    pub(crate) fn resolved(&self) -> Option<Owner> {
+    /// What an operator made of it, if one did: nobody can before it is written what there is to resolve, which is tried
+    /// again.
+    pub(crate) fn resolved(&mut self) -> Option<Owner> {
+        if !self.written {
+            self.set(self.entry.state).ok()?;
+        }
         let entry = self.journal.entry(self.id, Side::Source).ok()??;
         match entry.state {
             EntryState::RunningHere => Some(Owner::Here),
@@ -487,6 +503,8 @@ pub struct DestinationEntry {
     entry: Entry,
     /// The decision `running here`, written ahead.
     staged: Option<Staged>,
+    /// It is, and the file does not say so.
+    unresolved_unwritten: bool,
 }
 
 impl DestinationEntry {
@@ -514,8 +532,13 @@ impl DestinationEntry {
         }
     }
 
-    /// The decision, if it was made, by whomever.
-    pub(crate) fn decision(&self) -> Option<Owner> {
+    /// The decision, if it was made, by whomever. An operator makes none before it is written that there is one to make,
+    /// which is tried again.
+    pub(crate) fn decision(&mut self) -> Option<Owner> {
+        if self.unresolved_unwritten {
+            // The next time, if not now.
+            let _ = self.unresolved();
+        }
         let entry = self.journal.read(&self.journal.path(self.id, "decision")).ok()??;
         Some(if entry.state == EntryState::RunningHere { Owner::Here } else { Owner::There })
     }
@@ -539,10 +562,13 @@ impl DestinationEntry {
         self.set_missing(missing)
     }
 
+    /// Notes that nobody knows who owns the VM.
     pub(crate) fn unresolved(&mut self) -> Result<(), JournalError> {
         self.entry.state = EntryState::Unresolved;
         let path = self.journal.path(self.id, "destination");
-        self.journal.replace(&path, &self.entry.renewed())
+        let written = self.journal.replace(&path, &self.entry.renewed());
+        self.unresolved_unwritten = written.is_err();
+        written
     }
 }
 

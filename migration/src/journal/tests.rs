@@ -33,6 +33,42 @@ fn a_source_is_followed_from_its_beginning_to_its_end() {
     assert_eq!(fs::read_dir(&journal.directory).unwrap().count(), 0, "nothing lies about");
 }
 
+/// A journal in the same directory that can be read and not written: names of files that are staged are too long.
+fn full(journal: &Journal, id: MigrationId) -> Journal {
+    /// PATH_MAX, with the zero at its end.
+    const MOST: usize = 4096;
+    let mut directory = journal.directory.clone().into_os_string();
+    while directory.len() + "/.".len() + journal.path(id, "destination").file_name().unwrap().len()
+        < MOST - 2
+    {
+        directory.push("/.");
+    }
+    Journal { directory: directory.into() }
+}
+
+#[test]
+fn nobody_has_resolved_what_is_not_written_yet() {
+    let (_directory, journal) = journal();
+    let (id, token) = (MigrationId::random().unwrap(), Token::random().unwrap());
+    let mut source = journal.begin_source(id, "web", "there:1").unwrap();
+    let mut destination = journal.begin_destination(id, "web", "from:1", &token).unwrap();
+    source.hand_over().unwrap();
+    (source.journal, destination.journal) = (full(&journal, id), full(&journal, id));
+    source.set(EntryState::Unresolved).unwrap_err();
+    destination.unresolved().unwrap_err();
+    let verdict = |side| journal.verdict(id, side, None).unwrap();
+    assert_eq!(verdict(Side::Source), Verdict::HandedOver, "as it was written before");
+    assert_eq!((source.resolved(), destination.decision()), (None, None));
+    (source.journal, destination.journal) = (journal.clone(), journal.clone());
+    assert_eq!((source.resolved(), destination.decision()), (None, None));
+    for side in [Side::Source, Side::Destination] {
+        assert_eq!(verdict(side), Verdict::Unresolved, "there is room again");
+        journal.resolve(id, side, Owner::Here).unwrap();
+    }
+    assert_eq!(source.resolved(), Some(Owner::Here));
+    assert_eq!(destination.decision(), Some(Owner::Here));
+}
+
 #[test]
 fn only_the_first_decision_counts() {
     for first in [Owner::Here, Owner::There] {
@@ -76,7 +112,7 @@ fn a_stranger_learns_and_decides_nothing() {
     let (_directory, journal) = journal();
     let id = MigrationId::random().unwrap();
     let (token, wrong) = (Token::random().unwrap(), Token::random().unwrap());
-    let entry = journal.begin_destination(id, "web", "from:1", &token).unwrap();
+    let mut entry = journal.begin_destination(id, "web", "from:1", &token).unwrap();
     assert_eq!(journal.reclaim(id, &wrong).unwrap(), Verdict::Unknown);
     let verdict = |token| journal.verdict(id, Side::Destination, token).unwrap();
     assert_eq!(verdict(Some(&wrong)), Verdict::Unknown);

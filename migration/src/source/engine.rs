@@ -463,7 +463,7 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         }
         self.wait_ignoring(self.ask_wait);
         self.ask_wait = (self.ask_wait * 2).min(ASK_LONGEST);
-        let decided = self.resolved.or_else(|| self.entry.as_ref().and_then(|e| e.resolved()));
+        let decided = self.resolved.or_else(|| self.entry.as_mut().and_then(|e| e.resolved()));
         decided.map_or(SourceEvent::NoVerdict, SourceEvent::Resolved)
     }
 

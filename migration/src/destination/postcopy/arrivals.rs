@@ -111,8 +111,10 @@ impl Arrivals {
         let page = self.unit_of(fault.gfn)?;
         {
             let mut book = lock(&self.book);
-            // Looked up under the lock: who brings the page takes it out of `missing` first, and looks for who waits then.
-            if lock(&self.missing).intersects(page) {
+            // Held until the wait is in the book: who brings the page takes it out of `missing` first, and looks for who waits
+            // then.
+            let missing = lock(&self.missing);
+            if missing.intersects(page) {
                 let waiting = book.waiting.entry(page.start()).or_insert_with(|| {
                     ask.push(page);
                     self.requests.fetch_add(1, Ordering::Relaxed);
