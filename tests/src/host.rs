@@ -143,6 +143,17 @@ impl Host {
         self.cli(args).ok().to_owned()
     }
 
+    /// Has the migration of the VM `vm` try again now, which it does by itself too.
+    ///
+    /// # Panics
+    /// There is none.
+    #[track_caller]
+    pub fn recovers(&self) {
+        let asked = self.cli(&["migrate", "vm", "--recover"]);
+        // 5: it is not interrupted any more.
+        assert!(matches!(asked.code, Some(0 | 5)), "{asked:#?}");
+    }
+
     /// Runs a command that has `--json`, which succeeds; gives what it printed.
     #[track_caller]
     pub fn json(&self, args: &[&str]) -> Value {

@@ -90,7 +90,8 @@ impl Numbered {
             }
             sent
         });
-        let receiver = std::thread::spawn(move || receive(&socket));
+        let over = Arc::clone(&stop);
+        let receiver = std::thread::spawn(move || receive(&socket, &over));
         Self { stop, sender, receiver }
     }
 
@@ -114,7 +115,7 @@ impl Numbered {
 }
 
 /// How often each number came, and the longest time without any.
-fn receive(socket: &UdpSocket) -> (Vec<u8>, Duration) {
+fn receive(socket: &UdpSocket, stop: &AtomicBool) -> (Vec<u8>, Duration) {
     let (mut counts, mut silence) = (Vec::new(), Duration::ZERO);
     let mut last = None;
     let mut number = [0; 8];
@@ -123,6 +124,8 @@ fn receive(socket: &UdpSocket) -> (Vec<u8>, Duration) {
         match socket.recv(&mut number) {
             Ok(8) => {}
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => continue,
+            // As long as datagrams are sent, silence is not the end.
+            _ if !stop.load(Ordering::Relaxed) => continue,
             _ => return (counts, silence),
         }
         let now = Instant::now();

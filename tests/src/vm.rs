@@ -169,6 +169,13 @@ impl Vm {
         self.console.to_end();
     }
 
+    /// Asks the process to end, with SIGTERM.
+    #[track_caller]
+    pub fn terminate(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
     /// Whether the process has not ended.
     pub fn is_alive(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()

@@ -1,7 +1,7 @@
 //! Every writer is tracked: what changed in guest memory is in the dirty log.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -132,6 +132,9 @@ fn what_changed_is_in_the_log() {
     let before = guest.contents();
 
     guest.machine.resume().unwrap();
+    // Reports of before may wait to be read.
+    guest.lines.get_mut().write_all(b"echo now\n").unwrap();
+    guest.wait_for("\"echo\"");
     guest.wait_for("\"report\"");
     guest.wait_for("\"report\"");
     guest.machine.ram().memory().write_slice(&[1], GuestAddress(VMM_WRITES)).unwrap();

@@ -198,7 +198,7 @@ fn a_chain_of_all_modes_with_disk_traffic() {
     let modes: [&[&str]; 8] = [
         &["--mode", "postcopy"],
         &["--mode", "precopy", "--verify"],
-        &["--mode", "hybrid", "--downtime", "1us", "--dirty-pages", "0", "--bandwidth", "40M"],
+        &["--mode", "hybrid", "--downtime", "1us", "--dirty-pages", "0", "--bandwidth", "10M"],
         &["--mode", "postcopy", "--connections", "4", "--prepaging", "linear"],
         &["--mode", "cold", "--verify"],
         &["--mode", "postcopy", "--prepaging", "off"],
@@ -287,7 +287,7 @@ fn lost_connections_are_made_again() {
         proxy.cut(on, Cut::Reset);
         until(|| current(&a)["interrupted"] == true && current(&b)["interrupted"] == true);
         proxy.close_door(false);
-        a.ok(&["migrate", "vm", "--recover"]);
+        a.recovers();
         a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
         let finished = migrating.end();
         assert_eq!(finished.code, Some(0), "{finished:#?}");
@@ -340,6 +340,7 @@ fn a_dead_source_is_told_and_the_vm_can_be_ended() {
     let (mut destination, to) = b.receive(&[]);
     let slow = Migrating::start(&a, &to, &STARVED);
     until(|| current(&b)["phase"] == "draining");
+    destination.ask("echo here", "echo");
     source.kill_9();
     assert_ne!(slow.end().code, Some(0));
     until(|| current(&b)["interrupted"] == true);
@@ -407,7 +408,7 @@ fn a_guest_that_stands_goes_on_with_its_source() {
     until(|| b.json(&["info", "vm"])["draining"]["frozen"] == true);
     assert!(!b.json(&["migration"])[0]["missing_pages"].is_null());
     proxy.close_door(false);
-    a.ok(&["migrate", "vm", "--recover"]);
+    a.recovers();
     a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
     assert_eq!(migrating.end().code, Some(0));
     source.ends_well();
@@ -439,8 +440,7 @@ fn a_dead_destination_is_told_and_given_up_by_an_operator() {
     assert_eq!(refused.code, Some(1), "{refused:#?}");
     assert!(refused.stderr.contains("no VM but memory that one left behind"), "{refused:#?}");
     assert_eq!(current(&a)["interrupted"], true, "it is kept all the same");
-    let pid = rustix::process::Pid::from_raw(source.pid() as i32).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    source.terminate();
     assert_eq!(slow.end().code, Some(8));
     source.ends_well();
 }

@@ -365,7 +365,7 @@ pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
             // Its VM was given away, and is what this process lives for.
             Received::Drained => return Ok(RunEnd::Killed),
             Received::Not(reasons, asks) if settings.once || stage.is_ending() => {
-                if let Some(id) = asks.filter(|_| !stage.is_ending()) {
+                if let Some(id) = asks {
                     answer_source(&door, &stage, id, &reasons);
                 }
                 return Err(RunError::NotReceived(reasons));
@@ -379,12 +379,15 @@ pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
     }
 }
 
-/// The VM was given up when its source might have handed it over: it asks what became of it.
+/// The VM was given up when its source might have handed it over: it asks what became of it. Another signal than the one
+/// that the VM was given up for ends this.
 fn answer_source(door: &FrontDoor, stage: &Stage, id: MigrationId, reasons: &[String]) {
     let reasons = reasons.join("; ");
     eprintln!("minivmm: no VM came: {reasons}; until its source knows, at most {SOURCE_ASKS:?}, this process answers");
-    let deadline = Instant::now() + SOURCE_ASKS;
-    door.answer(&|told| told.contains(&id) || stage.is_ending() || Instant::now() >= deadline);
+    let (deadline, signals) = (Instant::now() + SOURCE_ASKS, stage.signals());
+    door.answer(&|told| {
+        told.contains(&id) || stage.signals() != signals || Instant::now() >= deadline
+    });
 }
 
 type Receiving<'scope> = thread::ScopedJoinHandle<'scope, Result<Received, RunError>>;
@@ -475,14 +478,14 @@ fn wait_for_end(
     // A machine whose senders are gone has ended.
     while let Ok(request) = requests.recv() {
         if request == GuestRequest::Reset && on_reboot == OnReboot::Restart {
-            if let Err(error) = reset(machine) {
+            if let Err(error) = reset(machine, handle) {
                 let reason = format!("the machine could not be reset: {error}");
                 return crashed(machine, &reason, "");
             }
             continue;
         }
         if machine.is_draining() {
-            end_within_limit();
+            end_within_limit(handle);
         }
         // A migration that is under way ends first; it may turn out that the VM is gone.
         match handle.end_migration() {
@@ -518,26 +521,40 @@ fn wait_for_end(
 }
 
 /// The kernel is loaded into memory that may never come: an operator who ends the VM does not wait for that.
-fn reset(machine: &Machine) -> Result<(), MachineError> {
+fn reset(machine: &Machine, handle: &VmHandle) -> Result<(), MachineError> {
     const LOOK: Duration = Duration::from_millis(20);
+    // Who waits for a page does not stop in time.
+    let not_yet = |error: &MachineError| {
+        matches!(error, MachineError::NotStopped | MachineError::NotQuiet(_))
+            && machine.is_draining()
+            && !machine.is_ending()
+    };
     if !machine.is_draining() {
         return machine.reset();
     }
     thread::scope(|scope| {
-        let resetting = scope.spawn(|| machine.reset());
+        let resetting = scope.spawn(|| loop {
+            match machine.reset() {
+                Err(error) if not_yet(&error) => {
+                    tracing::warn!(%error, "the guest reboots; trying again")
+                }
+                result => return result,
+            }
+        });
         while !resetting.is_finished() && !machine.is_ending() {
             thread::sleep(LOOK);
         }
         if !resetting.is_finished() {
-            end_within_limit();
+            end_within_limit(handle);
         }
         resetting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
 /// A VM ends that lacks a part of its memory. Who waits for a missing page cannot be stopped, and must not go on with
-/// another in its place: what does not end in time ends with the process.
-fn end_within_limit() {
+/// another in its place: what does not end in time ends with the process. Its source is told at once.
+fn end_within_limit(handle: &VmHandle) {
+    handle.end_draining();
     let spawned = thread::Builder::new().name("end-limit".to_owned()).spawn(|| {
         thread::sleep(DRAINING_END);
         eprintln!(

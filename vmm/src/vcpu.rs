@@ -82,6 +82,8 @@ pub struct VcpuContext {
     pub unmapped: Unmapped,
     /// A request of the guest is on its way: no guest code runs behind it.
     pub requested: AtomicBool,
+    /// Something was asked that ends the VM.
+    pub ends: AtomicBool,
     /// Where requests of the guest go.
     pub requests: RequestSink,
 }

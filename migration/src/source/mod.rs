@@ -235,9 +235,10 @@ impl SourceControl {
     }
 
     /// Stops waiting for a verdict, for disks that cannot be taken back, or for a destination that
-    /// lacks pages: [`migrate_to`] returns. The VM stays paused. Before that, it does nothing.
+    /// lacks pages: [`migrate_to`] returns. The VM stays paused. Before that, it does nothing; nor does it when what is
+    /// waited for comes at the same moment.
     pub fn detach(&self) {
-        self.tell(Input::Detach);
+        self.tell(Input::Detach(self.phase()));
     }
 
     /// How far it is.
@@ -287,7 +288,8 @@ enum Input {
     GiveUp(Cause),
     Resolved(Owner),
     Recover(Option<String>),
-    Detach,
+    /// In this phase.
+    Detach(SourcePhase),
 }
 
 /// Migrates a VM. Returns when the destination owns it, when it is here again as before, or when

@@ -50,17 +50,7 @@ impl Engine<'_, '_, '_> {
                     }
                 }
                 Waited::PassDone(index, Err(error)) => {
-                    let failure = match error {
-                        SendError::Stopped => Failure::new(Cause::Cancelled, "stopped"),
-                        SendError::Stream(error) => {
-                            let mut failure = Failure::from(error);
-                            for reason in &mut failure.reasons {
-                                *reason = format!("page connection {index}: {reason}");
-                            }
-                            failure
-                        }
-                    };
-                    return Err(self.explained(failure));
+                    return Err(self.explained(pass_failed(index, error)));
                 }
                 // The destination may be done before this side has noticed that all was sent.
                 Waited::Peer(loaded @ Message::Loaded { .. })
@@ -126,6 +116,13 @@ impl Engine<'_, '_, '_> {
         loop {
             match self.wait(deadline)? {
                 Waited::Peer(message) => return Ok(message),
+                // While it commits, memory is pushed already.
+                Waited::PassDone(index, Ok(stats)) if self.pushing > 0 => {
+                    self.push_done(index, &stats);
+                }
+                Waited::PassDone(index, Err(error)) if self.pushing > 0 => {
+                    return Err(pass_failed(index, error));
+                }
                 Waited::PassDone(..) => {}
                 Waited::Nothing => {
                     let reason = format!("the destination did not {what} within {limit:?}");
@@ -161,10 +158,12 @@ impl Engine<'_, '_, '_> {
                 Input::GiveUp(_) => {}
                 Input::Recover(to) => self.recover_to = Some(to),
                 Input::Resolved(owner) => self.resolved = Some(owner),
-                // Before that there is an end to wait for, and the guest may run here.
-                Input::Detach => {
-                    self.detached |= self.phase.is_final() || self.phase == SourcePhase::Unresolved;
+                // Before that there is an end to wait for, and the guest may run here. What is waited for in one phase is over
+                // in the next.
+                Input::Detach(phase) if phase == self.phase => {
+                    self.detached |= phase.is_final() || phase == SourcePhase::Unresolved;
                 }
+                Input::Detach(_) => {}
             }
         }
     }
@@ -176,6 +175,20 @@ impl Engine<'_, '_, '_> {
             if let Ok(Waited::Nothing) = self.wait(deadline) {
                 return;
             }
+        }
+    }
+}
+
+/// Why nothing more goes out on a page connection.
+pub(super) fn pass_failed(index: u16, error: SendError) -> Failure {
+    match error {
+        SendError::Stopped => Failure::new(Cause::Cancelled, "stopped"),
+        SendError::Stream(error) => {
+            let mut failure = Failure::from(error);
+            for reason in &mut failure.reasons {
+                *reason = format!("page connection {index}: {reason}");
+            }
+            failure
         }
     }
 }

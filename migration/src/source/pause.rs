@@ -2,6 +2,7 @@
 //! that everything is loaded.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::handover::{Cause, SourceEvent};
 use crate::page_set::PageSet;
@@ -14,6 +15,9 @@ use crate::stream::session::Complete;
 use crate::stream::{encode_section, RecordType};
 use crate::verify::hash_memory;
 use crate::vm::{Mode, VmError};
+
+/// How many times as long as this end the other one may take to hash memory.
+const HASHES_SLOWER: u32 = 5;
 
 impl Engine<'_, '_, '_> {
     pub(super) fn stop_and_send(&mut self) -> Result<SourceEvent, Failure> {
@@ -53,10 +57,12 @@ impl Engine<'_, '_, '_> {
             self.begin_pass(&Pass { number, pages: Arc::new(pages), live: false, last: true })?;
         }
         // Meanwhile on the main connection.
+        let hashing = Instant::now();
         let hashes = match self.around.options.verify {
             true => Some(hash_memory(vm)?),
             false => None,
         };
+        let hashing = hashing.elapsed();
         let paused = self.pause_started.map_or(0, |started| as_micros(started.elapsed()));
         let link = Arc::clone(self.link()?);
         let sent = link.write(|out| {
@@ -76,7 +82,9 @@ impl Engine<'_, '_, '_> {
         self.pause.bytes = stats.bytes;
         self.pause.send = self.part_of_pause();
 
-        match self.wait_for_message(self.around.options.timing.loaded, "load the state")? {
+        // It hashes as much, perhaps on a slower machine.
+        let limit = self.around.options.timing.loaded + HASHES_SLOWER * hashing;
+        match self.wait_for_message(limit, "load the state")? {
             Message::Loaded { load } => {
                 self.pause.load = self.part_of_pause();
                 self.pause.destination_load = load;

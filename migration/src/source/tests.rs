@@ -13,9 +13,9 @@ use crate::stream::session::{Accept, Hello, Loaded, Ready, Refuse, Resumed};
 use crate::stream::{RecordReader, RecordType, RecordWriter, StreamKind};
 use crate::transport::{Listener, Stream};
 
+mod committing;
 mod peer;
 mod retract;
-mod unresolved;
 
 type Out = RecordWriter<Stream>;
 

@@ -58,7 +58,8 @@ fn assert_moves(world: &World, connections: u16) {
     let outcome = under_load(&world.vm, 99, || {
         world.migrate(&SourceOptions { verify: true, ..options(connections) })
     });
-    assert_eq!(outcome.report.outcome, Outcome::HandedOver, "{:?}", outcome.report);
+    let (report, arrival) = (&outcome.report, &outcome.arrival);
+    assert_eq!(report.outcome, Outcome::HandedOver, "{report:?}; {arrival:?}");
     world.assert_moved();
 }
 

@@ -14,7 +14,7 @@ use super::world::{isolated, network_namespace, programs};
 use super::{available, lab_dir, linux_image, virtualization, Lab};
 
 /// How long all tests together may take.
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+const LIMIT: Duration = Duration::from_secs(30 * 60);
 
 /// The tests of a program: names and functions that fail by panicking.
 pub type Tests = [(&'static str, fn())];

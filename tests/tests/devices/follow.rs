@@ -219,7 +219,7 @@ fn packets_wait_while_a_guest_waits_for_its_memory() {
             }
         }
         proxy.close_door(false);
-        a.ok(&["migrate", "vm", "--recover"]);
+        a.recovers();
         a.ok(&["migrate-set", "vm", "--bandwidth", "0"]);
         assert_eq!(migrating.end().code, Some(0));
         vm.ends_well();

@@ -264,6 +264,10 @@ fn a_cancel_at_the_destination_is_in_time_until_the_decision() {
     let standing = Standing::at(Phase::CommitSent);
     standing.scene.there.host.ok(&["cancel", "vm"]);
     runs_and_moves(standing.stays("cancelled"));
+    // So it does when a signal ends its process, which stays until then.
+    let mut standing = Standing::at(Phase::CommitSent);
+    standing.scene.destination().terminate();
+    runs_and_moves(standing.stays("cancelled"));
     let standing = Standing::at(Phase::Resumed);
     let refused = standing.scene.there.host.cli(&["cancel", "vm"]);
     assert_eq!(refused.code, Some(5), "{refused:#?}");

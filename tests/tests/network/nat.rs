@@ -57,10 +57,10 @@ impl Service {
     }
 }
 
-/// A connection from C to the guest through a host's address; `None` if there is none to be had.
-fn connect(c: &Site, through: &Site, port: u16) -> Option<TcpStream> {
+/// A connection from C to the guest through a host's address; `None` if there is none to be had within `limit`.
+fn connect(c: &Site, through: &Site, port: u16, limit: Duration) -> Option<TcpStream> {
     let address: SocketAddr = format!("{}:{port}", through.address()).parse().unwrap();
-    let stream = c.place.on(move || TcpStream::connect_timeout(&address, SILENCE)).ok()?;
+    let stream = c.place.on(move || TcpStream::connect_timeout(&address, limit)).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     Some(stream)
@@ -94,7 +94,8 @@ fn what_can_follow_a_guest_behind_translated_addresses_does() {
     ));
     for (from, to, mode) in [(a, b, "precopy"), (b, a, "postcopy")] {
         // From outside through this host, and from this host itself.
-        let mut stream = connect(c, from, FORWARDED_ECHO).expect("the port leads to the guest");
+        let mut stream =
+            connect(c, from, FORWARDED_ECHO, PATIENCE).expect("the port leads to the guest");
         exchange(&mut stream, 1);
         let pings = from.place.on(Pings::start);
         let through = (from.address(), FORWARDED_ECHO);
@@ -114,14 +115,17 @@ fn what_can_follow_a_guest_behind_translated_addresses_does() {
 
         // Its own traffic to the outside has gone on, through the other host's address.
         let seen = number(&vm.report(), "udp_replies");
-        let report = vm.report_with("more answers", |field| field("udp_replies") > seen + 50);
-        assert_eq!(number(&report, "udp_lost"), 0, "{report}");
+        // Until they are answered, those of a busy machine's last second count as lost.
+        let report = vm.report_with("more answers and none lost", |field| {
+            field("udp_replies") > seen + 50 && field("udp_lost") == 0
+        });
         assert_eq!(number(&report, "udp_duplicates"), 0, "{report}");
         let now = service.sources();
         assert!(now.contains(&to.address().parse().unwrap()), "{now:?}");
         // It has its address, and is reached from the host that it is on now, and through that.
         let pings = to.place.on(Pings::start);
-        download(connect(c, to, FORWARDED_CHARGEN).expect("the port leads to the guest there"));
+        let there = connect(c, to, FORWARDED_CHARGEN, PATIENCE);
+        download(there.expect("the port leads to the guest there"));
         let through = (to.address(), FORWARDED_ECHO);
         let echoes = number(&vm.report(), "udp_echoes");
         let numbered = c.place.on(move || Numbered::to(through, RATE));
@@ -133,7 +137,7 @@ fn what_can_follow_a_guest_behind_translated_addresses_does() {
         // What was made through the old host's address is lost, and nothing new can be.
         assert!(is_dead(stream), "a connection through the old host lives");
         assert!(
-            connect(c, from, FORWARDED_CHARGEN).is_none(),
+            connect(c, from, FORWARDED_CHARGEN, SILENCE).is_none(),
             "the old host still leads to the guest"
         );
         let (known, dev) = to.place.on(|| {

@@ -29,7 +29,9 @@ fn the_move_between_two_subnets_is_as_it_is_written() {
     let mut command = Command::new("unshare");
     command.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--"]);
     command.args(["sh", "-c", setup, "sh"]).arg(binary());
-    let finished = finish(command, commands(HEADING).as_bytes());
+    // A reader has a quick machine.
+    let commands = commands(HEADING).replace("sleep 3", "sleep 9").replace("-w 10", "-w 25");
+    let finished = finish(command, commands.as_bytes());
     let said = finished.ok();
     let (before, after) = said.split_once("web: handed over").expect("it was migrated");
     // What is sent before the guest is there may be lost; from then on it answers.

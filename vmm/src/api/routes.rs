@@ -130,7 +130,7 @@ async fn power_button(State(shared): State<Shared>) -> Reply<StatusReply> {
 }
 
 async fn kill(State(shared): State<Shared>) -> Reply<StatusReply> {
-    command(&shared, |control| control.kill()).await
+    urgent_command(&shared, |control| control.kill()).await
 }
 
 async fn reset(State(shared): State<Shared>) -> Reply<StatusReply> {
@@ -179,7 +179,7 @@ async fn migrate_recover(State(shared): State<Shared>, request: Request) -> Repl
 }
 
 async fn migrate_cancel(State(shared): State<Shared>) -> Reply<StatusReply> {
-    command(&shared, |control| control.cancel_migration()).await
+    urgent_command(&shared, |control| control.cancel_migration()).await
 }
 
 /// Goes on when the client is gone: half a saved file would be worse than an unwanted one.
@@ -208,6 +208,22 @@ async fn command(
     work: impl FnOnce(&dyn Control) -> Result<(), ControlError> + Send + 'static,
 ) -> Reply<StatusReply> {
     let permit = command_permit(shared).await?;
+    permitted(shared, permit, work).await
+}
+
+/// What ends others that wait does not wait for them.
+async fn urgent_command(
+    shared: &Shared,
+    work: impl FnOnce(&dyn Control) -> Result<(), ControlError> + Send + 'static,
+) -> Reply<StatusReply> {
+    permitted(shared, None, work).await
+}
+
+async fn permitted(
+    shared: &Shared,
+    permit: Option<OwnedSemaphorePermit>,
+    work: impl FnOnce(&dyn Control) -> Result<(), ControlError> + Send + 'static,
+) -> Reply<StatusReply> {
     let status = blocking(shared, permit, |control| {
         work(control)?;
         Ok::<_, ControlError>(control.info().status)

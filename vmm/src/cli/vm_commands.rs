@@ -372,7 +372,8 @@ fn process_of(name: &str) -> Result<(Found, Client, VmProcess), CliError> {
             .map_err(connect)
             .and_then(|process| client.info().map(|_| process));
         match asked {
-            Ok(process) => return Ok((found, client, process)),
+            // Its socket may have another name by the next request.
+            Ok(process) => return Ok((found, Client::of(RuntimeDir::open()?, name)?, process)),
             Err(error) if error.is_gone() && Instant::now() < deadline => thread::sleep(LOOK_AGAIN),
             Err(error) => return Err(error.into()),
         }

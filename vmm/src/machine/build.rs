@@ -91,6 +91,7 @@ impl MachineBuilder<'_> {
             mmio,
             unmapped: Unmapped::default(),
             requested: AtomicBool::new(false),
+            ends: AtomicBool::new(false),
             requests,
         });
         let _ = context_cell.set(Arc::downgrade(&context));
@@ -164,6 +165,9 @@ fn request_sink(sender: RequestSender) -> (RequestSink, ContextCell) {
     let sink = move |request| {
         if let Some(context) = gate.get().and_then(std::sync::Weak::upgrade) {
             context.gate.set(Target::Park);
+            if !matches!(request, GuestRequest::Reset) {
+                context.ends.store(true, Ordering::SeqCst);
+            }
             // Of several vCPUs that ask at once the first is heard; an operator always is.
             let second = context.requested.swap(true, Ordering::SeqCst);
             let of_guest = !matches!(request, GuestRequest::Kill | GuestRequest::HandedOver);

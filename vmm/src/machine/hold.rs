@@ -39,7 +39,9 @@ impl Machine {
                 self.resume_held()?;
             }
             drop(life);
-            if Instant::now() >= deadline {
+            // Whoever ends the VM waits for the engine.
+            let ends = self.context.ends.load(Ordering::SeqCst);
+            if ends || Instant::now() >= deadline {
                 return Err(MachineError::Busy);
             }
             thread::sleep(LOOK_AGAIN);

@@ -1,6 +1,6 @@
 //! Receiving a VM.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -36,7 +36,7 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// How far a process is that receives: what a signal ends.
 #[derive(Default)]
 pub struct Stage {
-    ending: AtomicBool,
+    signals: AtomicU32,
     at: Mutex<At>,
 }
 
@@ -51,7 +51,11 @@ enum At {
 impl Stage {
     /// A signal asks the process to end.
     pub fn end(&self) {
-        self.ending.store(true, Ordering::Release);
+        self.signals.fetch_add(1, Ordering::AcqRel);
+        self.end_what_is();
+    }
+
+    fn end_what_is(&self) {
         match &*lock(&self.at) {
             At::Between => {}
             At::Waiting(control) => end_waiting(control),
@@ -59,9 +63,14 @@ impl Stage {
         }
     }
 
-    /// Whether a signal did.
+    /// How many signals did.
+    pub fn signals(&self) -> u32 {
+        self.signals.load(Ordering::Acquire)
+    }
+
+    /// Whether one did.
     pub fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Acquire)
+        self.signals() > 0
     }
 
     /// The VM is here.
@@ -81,7 +90,7 @@ impl Stage {
         *lock(&self.at) = at;
         // A signal of meanwhile found nothing to end.
         if self.is_ending() {
-            self.end();
+            self.end_what_is();
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::handover::SourcePhase;
 use migration::identity::MigrationId;
@@ -25,6 +25,8 @@ use crate::vcpu::GuestRequest;
 
 /// How long to wait before looking at a migration again that is about to be decided.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// How long memory that a guest elsewhere needs waits for a lost connection when its process is to end.
+const GIVE_UP: Duration = Duration::from_secs(3);
 
 /// Silence that a peer may be taken for dead after, milliseconds.
 const DEAD_AFTER_MS: std::ops::RangeInclusive<u64> = 100..=60_000;
@@ -142,11 +144,11 @@ impl Outgoing {
 
     fn finish(&self, records: &Records, result: &Result<Report, String>) {
         let machine = &*self.machine;
-        let mut state = self.lock();
         let (value, outcome) = match result {
             Ok(report) => (json!(report), Some(&report.outcome)),
             Err(reason) => {
-                let (id, to) = state
+                let (id, to) = self
+                    .lock()
                     .running
                     .as_ref()
                     .map(|running| (running.id.to_string(), running.to.clone()))
@@ -173,6 +175,7 @@ impl Outgoing {
                 machine.events().push("migration-failed", value.clone());
             }
         }
+        let mut state = self.lock();
         state.last = Some(value);
         state.running = None;
         drop(state);
@@ -295,10 +298,18 @@ impl Outgoing {
     /// where it is too late for that.
     #[must_use]
     pub fn end(&self) -> Ended {
+        let mut interrupted = None;
         while let Some(control) = self.control() {
             let stuck = match control.phase() {
                 SourcePhase::Unresolved | SourcePhase::RolledBack => true,
-                _ => control.is_interrupted(),
+                // The VM's memory goes with this process: it is tried for a while to connect again.
+                _ if control.is_interrupted() => {
+                    interrupted.get_or_insert_with(Instant::now).elapsed() > GIVE_UP
+                }
+                _ => {
+                    interrupted = None;
+                    false
+                }
             };
             if !control.guest_ended() && stuck {
                 control.detach();

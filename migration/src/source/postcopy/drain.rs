@@ -11,6 +11,7 @@ use crate::page_set::PageSet;
 use crate::prepaging::Plan;
 use crate::snapshot::write_runs;
 use crate::source::engine::{unexpected, Engine, Failure, Waited};
+use crate::source::passes::pass_failed;
 use crate::source::peer::{read_continued, Message};
 use crate::source::postcopy::demand;
 use crate::source::postcopy::outflow::Outflow;
@@ -164,7 +165,9 @@ impl Engine<'_, '_, '_> {
                 },
                 Ok(Waited::Peer(other)) => self.lost(&format!("{other:?} came too early")),
                 Ok(Waited::PassDone(index, Ok(stats))) => self.push_done(index, &stats),
-                Ok(Waited::PassDone(_, Err(error))) => self.lost(&format!("{error:?}")),
+                Ok(Waited::PassDone(index, Err(error))) => {
+                    self.lost(&pass_failed(index, error).reasons.join("; "));
+                }
                 Ok(Waited::Nothing) if self.left() > 0 => all_sent = None,
                 Ok(Waited::Nothing) => {
                     let since = *all_sent.get_or_insert_with(Instant::now);
@@ -184,7 +187,7 @@ impl Engine<'_, '_, '_> {
         self.incomplete("given up here".to_owned());
     }
 
-    fn push_done(&mut self, index: u16, stats: &PassStats) {
+    pub(in crate::source) fn push_done(&mut self, index: u16, stats: &PassStats) {
         self.pushing = self.pushing.saturating_sub(1);
         self.count(index, stats);
     }
