@@ -267,6 +267,8 @@ fn a_cancel_at_the_destination_is_in_time_until_the_decision() {
     // So it does when a signal ends its process, which stays until then.
     let mut standing = Standing::at(Phase::CommitSent);
     standing.scene.destination().terminate();
+    let id = standing.scene.id();
+    until("the decision", || standing.scene.there.verdict(&id).as_deref() == Some("not-here"));
     runs_and_moves(standing.stays("cancelled"));
     let standing = Standing::at(Phase::Resumed);
     let refused = standing.scene.there.host.cli(&["cancel", "vm"]);
