@@ -114,8 +114,8 @@ pub enum RunError {
     /// No VM came.
     #[error("no VM came: {}", .0.join("; "))]
     NotReceived(Vec<String>),
-    /// A VM came and nobody knows who owns it.
-    #[error("it is unresolved who owns the VM that came: {}; see `minivmm resolve --help`", .0.join("; "))]
+    /// A VM came, and nobody knows who owns it, or it could not run here.
+    #[error("a VM came and does not run: {}; if it is unresolved who owns it, see `minivmm resolve --help`", .0.join("; "))]
     Unresolved(Vec<String>),
     /// The control API.
     #[error("cannot start the control API: {0}")]

@@ -190,6 +190,12 @@ impl From<MachineError> for ControlError {
     }
 }
 
+/// Whether it is decided that the VM is owned here, where it does not run yet.
+fn is_owned(incoming: &Incoming) -> bool {
+    let phase = incoming.control.phase();
+    matches!(phase, Some(DestinationPhase::Owning | DestinationPhase::Resuming))
+}
+
 impl Control for VmHandle {
     fn info(&self) -> VmInfo {
         let millis = self.machine.started().elapsed().as_millis();
@@ -246,7 +252,11 @@ impl Control for VmHandle {
 
     fn kill(&self) -> Result<(), ControlError> {
         if let Some(incoming) = self.arriving() {
-            incoming.control.cancel();
+            match is_owned(&incoming) {
+                // Its disks cannot be had, or its guest cannot run.
+                true => incoming.control.detach(),
+                false => incoming.control.cancel(),
+            }
             return Ok(());
         }
         self.check_here()?;
@@ -364,6 +374,10 @@ impl Control for VmHandle {
 
     fn cancel_migration(&self) -> Result<(), ControlError> {
         if let Some(incoming) = self.arriving() {
+            if is_owned(&incoming) {
+                let message = "too late to cancel: the VM is owned here; `minivmm kill` ends it";
+                return Err(ControlError::Conflict(message.to_owned()));
+            }
             incoming.control.cancel();
             return Ok(());
         }

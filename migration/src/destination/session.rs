@@ -516,6 +516,11 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
             DestinationPhase::Discarded => {
                 Arrival::NotHere { cause: self.cause, reasons: self.reasons }
             }
+            DestinationPhase::Owning | DestinationPhase::Resuming => {
+                let owned = "the VM is owned here and could not run".to_owned();
+                let reasons = std::iter::once(owned).chain(self.reasons).collect();
+                Arrival::Unresolved { reasons }
+            }
             _ => Arrival::Unresolved { reasons: self.reasons },
         };
         tracing::info!(?outcome, confirmed = self.confirmed);

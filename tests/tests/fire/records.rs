@@ -16,6 +16,7 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         an_answer_that_is_lost_is_asked_for_again,
         a_disk_that_cannot_be_taken_back_is_waited_for,
         a_vm_whose_disk_cannot_be_taken_back_can_be_ended,
+        a_vm_that_came_and_cannot_have_its_disk_can_be_ended,
         a_guest_that_runs_twice_is_seen,
     );
 }
@@ -127,6 +128,29 @@ fn a_vm_whose_disk_cannot_be_taken_back_can_be_ended() {
     drop(thief);
     // Nobody has it any more.
     drop(Thief::take(scene.disk.as_ref().unwrap()));
+}
+
+fn a_vm_that_came_and_cannot_have_its_disk_can_be_ended() {
+    let mut scene = Scene::start_with_disk();
+    let held = scene.proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Commit));
+    let migrating = scene.migrate(&[]);
+    held.wait();
+    let thief = Thief::take(scene.disk.as_ref().unwrap());
+    held.release();
+    until("a note", || scene.destination().log().contains("the VM is owned here and paused"));
+    let refused = scene.there.host.cli(&["cancel", "vm"]);
+    assert_eq!(refused.code, Some(5), "{refused:#?}");
+    assert!(refused.stderr.contains("too late"), "{refused:#?}");
+    scene.there.host.ok(&["kill", "vm"]);
+    let gone = scene.destination().end();
+    assert_eq!(gone.code, Some(7), "{gone:#?}");
+    assert!(gone.stderr.contains("the VM is owned here"), "{gone:#?}");
+    // It was decided.
+    assert_eq!(scene.there.verdict(&scene.id()).as_deref(), Some("running-here"));
+    scene.here.host.cli(&["resolve", &scene.id(), "--owner", "there"]);
+    assert_eq!(migrating.end().code, Some(0));
+    scene.source().ends_well();
+    drop(thief);
 }
 
 fn a_disk_that_cannot_be_taken_back_is_waited_for() {
