@@ -15,7 +15,8 @@ use crate::control::{MigrateRequest, MigrationMode, RecoverRequest};
 Listens until a VM has come, then is that VM's process, as `minivmm run` would be, and ends with it:
 every VM that is to come needs a `minivmm receive` of its own. When a migration fails, it says so and
 waits for the next one, unless --once is given. While it has a VM, it goes on answering what became of
-migrations to this host.
+migrations to this host. A signal ends it; where a source may have handed its VM over and still has to ask,
+it answers that first, for at most 90 s or until the next signal.
 
 The VM brings its configuration, kernel and initrd along; disks, taps, bridges and networks must be here under the same
 names, or be named with --disk and --net. On the host that the VM comes from, it is called
