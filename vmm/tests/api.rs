@@ -294,7 +294,7 @@ fn too_many_connections_are_told_so() {
 }
 
 #[test]
-fn info_answers_while_commands_take_their_time() {
+fn info_and_an_end_do_not_wait_for_commands_that_take_their_time() {
     let served = served();
     served.vm.gate.close();
     let savers: Vec<_> = (0..Limits::default().commands + 4)
@@ -313,8 +313,12 @@ fn info_answers_while_commands_take_their_time() {
     while served.vm.calls().len() < Limits::default().commands {
         std::thread::yield_now();
     }
-    Client::new(&served.socket).unwrap().info().unwrap();
+    let client = Client::new(&served.socket).unwrap();
+    client.info().unwrap();
     assert_eq!(served.vm.calls().len(), Limits::default().commands);
+    let refused = client.command("migrate-cancel").unwrap_err();
+    assert!(matches!(refused, ClientError::Refused { status: 409, .. }), "{refused}");
+    client.command("kill").unwrap();
     served.vm.gate.open();
     for saver in savers {
         saver.join().unwrap().unwrap();
