@@ -70,3 +70,16 @@ fn what_is_pushed_before_the_answer_counts_and_its_loss_is_one() {
         assert!(failure.reasons[0].contains("page connection 1"), "{:?}", failure.reasons);
     });
 }
+
+#[test]
+fn who_stops_waiting_for_a_verdict_does_not_stop_what_follows_it() {
+    committing(|engine, sender| {
+        engine.phase = SourcePhase::HandedOver;
+        for (asked, detached) in [(SourcePhase::Unresolved, false), (SourcePhase::HandedOver, true)]
+        {
+            sender.send(Input::Detach(asked)).unwrap();
+            assert!(matches!(engine.wait(Instant::now()), Ok(Waited::Nothing)));
+            assert_eq!(engine.detached, detached, "{asked:?}");
+        }
+    });
+}
