@@ -13,6 +13,10 @@ use crate::transport::{Stream, Transport};
 /// Records up to this size go out together in one write, bytes.
 const BUFFER_BYTES: usize = 64 << 10;
 
+/// So many times the silence of a dead peer a source waits for DRAINED after the last page that it sent: what is in the
+/// buffers of a slow link takes its time.
+pub(crate) const LAST_WORD: u32 = 12;
+
 /// How often each end shows that it is there, and how long it waits for what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {

@@ -114,9 +114,12 @@ pub enum RunError {
     /// No VM came.
     #[error("no VM came: {}", .0.join("; "))]
     NotReceived(Vec<String>),
-    /// A VM came, and nobody knows who owns it, or it could not run here.
-    #[error("a VM came and does not run: {}; if it is unresolved who owns it, see `minivmm resolve --help`", .0.join("; "))]
+    /// A VM came and nobody knows who owns it.
+    #[error("it is unresolved who owns the VM that came: {}; see `minivmm resolve --help`", .0.join("; "))]
     Unresolved(Vec<String>),
+    /// A VM came and was given up.
+    #[error("the VM was handed over to this host and ended here before it could run: {}", .0.join("; "))]
+    NeverRan(Vec<String>),
     /// The control API.
     #[error("cannot start the control API: {0}")]
     Api(std::io::Error),
@@ -365,28 +368,38 @@ pub fn receive(settings: &ReceiveSettings) -> Result<RunEnd, RunError> {
             // Its VM was given away, and is what this process lives for.
             Received::Drained => return Ok(RunEnd::Killed),
             Received::Not(reasons, asks) if settings.once || stage.is_ending() => {
+                let error = RunError::NotReceived(reasons);
                 if let Some(id) = asks {
-                    answer_source(&door, &stage, id, &reasons);
+                    answer_source(&door, &stage, id, &error);
                 }
-                return Err(RunError::NotReceived(reasons));
+                return Err(error);
             }
             Received::Not(reasons, _) => {
                 eprintln!("minivmm: no VM came: {}; listening on", reasons.join("; "));
             }
             Received::Unresolved(reasons) => return Err(RunError::Unresolved(reasons)),
+            Received::NeverRan(reasons, asks) => {
+                let error = RunError::NeverRan(reasons);
+                if let Some(id) = asks {
+                    answer_source(&door, &stage, id, &error);
+                }
+                return Err(error);
+            }
             Received::Stopped => return Ok(RunEnd::Killed),
         }
     }
 }
 
-/// The VM was given up when its source might have handed it over: it asks what became of it. Another signal than the one
-/// that the VM was given up for ends this.
-fn answer_source(door: &FrontDoor, stage: &Stage, id: MigrationId, reasons: &[String]) {
-    let reasons = reasons.join("; ");
-    eprintln!("minivmm: no VM came: {reasons}; until its source knows, at most {SOURCE_ASKS:?}, this process answers");
-    let (deadline, signals) = (Instant::now() + SOURCE_ASKS, stage.signals());
+/// The VM was given up when its source might have handed it over, or had: it asks what became of it. Another signal than
+/// the one that the VM was given up for ends this.
+fn answer_source(door: &FrontDoor, stage: &Stage, id: MigrationId, why: &RunError) {
+    eprintln!(
+        "minivmm: {why}; until its source knows, at most {SOURCE_ASKS:?}, this process answers"
+    );
+    // One may have been why it is given up.
+    let (deadline, signals) = (Instant::now() + SOURCE_ASKS, u32::from(stage.is_ending()));
     door.answer(&|told| {
-        told.contains(&id) || stage.signals() != signals || Instant::now() >= deadline
+        told.contains(&id) || stage.signals() > signals || Instant::now() >= deadline
     });
 }
 

@@ -253,8 +253,11 @@ impl Control for VmHandle {
     fn kill(&self) -> Result<(), ControlError> {
         if let Some(incoming) = self.arriving() {
             match is_owned(&incoming) {
-                // Its disks cannot be had, or its guest cannot run.
-                true => incoming.control.detach(),
+                // Its disks cannot be had, or its guest cannot run; or it is about to.
+                true => {
+                    incoming.control.detach();
+                    self.machine.kill();
+                }
                 false => incoming.control.cancel(),
             }
             return Ok(());

@@ -275,6 +275,6 @@ pub fn destination(bytes: &[u8]) {
         Arrival::NotHere { .. } | Arrival::Stopped => {
             assert!(host.0.vm().is_none(), "it is kept: {report:?}");
         }
-        Arrival::Unresolved { .. } => assert!(!runs, "{report:?}"),
+        Arrival::Unresolved { .. } | Arrival::OwnedHere { .. } => assert!(!runs, "{report:?}"),
     }
 }

@@ -79,9 +79,14 @@ pub enum Arrival {
         /// Every reason, for a person.
         reasons: Vec<String>,
     },
-    /// The VM is here, whole and paused, and nobody knows who owns it; or it is owned and cannot run yet.
+    /// The VM is here, whole and paused, and nobody knows who owns it.
     Unresolved {
         /// What led here, for a person.
+        reasons: Vec<String>,
+    },
+    /// The VM is owned here, and was given up before it could run.
+    OwnedHere {
+        /// Why it could not.
         reasons: Vec<String>,
     },
     /// [`DestinationControl::stop`] was called before anything came.

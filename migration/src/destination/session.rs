@@ -517,9 +517,7 @@ impl<'scope, 'env, 'door> Session<'scope, 'env, 'door> {
                 Arrival::NotHere { cause: self.cause, reasons: self.reasons }
             }
             DestinationPhase::Owning | DestinationPhase::Resuming => {
-                let owned = "the VM is owned here and could not run".to_owned();
-                let reasons = std::iter::once(owned).chain(self.reasons).collect();
-                Arrival::Unresolved { reasons }
+                Arrival::OwnedHere { reasons: self.reasons }
             }
             _ => Arrival::Unresolved { reasons: self.reasons },
         };

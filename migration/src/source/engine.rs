@@ -464,6 +464,8 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
         self.wait_ignoring(self.ask_wait);
         self.ask_wait = (self.ask_wait * 2).min(ASK_LONGEST);
         let decided = self.resolved.or_else(|| self.entry.as_mut().and_then(|e| e.resolved()));
+        // Who stopped waiting has it all the same.
+        self.detached &= decided.is_none();
         decided.map_or(SourceEvent::NoVerdict, SourceEvent::Resolved)
     }
 

@@ -248,7 +248,7 @@ pub fn a_guest_that_reboots_without_its_memory_can_be_ended() {
         record_type == RecordType::Request && TABLES.contains(&gfn())
     };
     let liar = Liar::to(&to, StreamKind::Requests, By::Destination, 1, lie);
-    let args = ["--mode", "postcopy", "--push", "off", "--prepaging", "off"];
+    let args = ["--mode", "postcopy", "--push", "off", "--prepaging", "off", "--dead-after", "60s"];
     let migrating = Migrating::start(&a, &liar.address(), &args);
     until(|| current(&b)["phase"] == "draining");
     destination.ask("reboot", "reboot");

@@ -16,7 +16,7 @@ pub fn bzimage() {
     check(&mut guest, 1, LOADER_BOOT_PARAMS);
     // Console input comes by interrupt.
     assert!(guest.number("awk '/ttyS0/ { print $2 }' /proc/interrupts") > 0);
-    host.ok(&["stop", "vm", "--timeout", "180"]);
+    host.ok(&["stop", "vm", "--timeout", "50"]);
     guest.ends_well();
 }
 

@@ -62,7 +62,7 @@ pub fn there_and_back() {
     }
     assert_eq!(counter(&host, "data", "errors"), 0);
     // The power button, and the file system as it is then.
-    host.ok(&["stop", "vm", "--timeout", "180"]);
+    host.ok(&["stop", "vm", "--timeout", "50"]);
     guest.ends_well();
     check_ext4(&disk);
 }

@@ -58,7 +58,7 @@ pub const ROUTES: &[(&str, &str)] = &[
 pub(super) struct Shared {
     pub(super) control: Arc<dyn Control>,
     pub(super) limits: Limits,
-    /// One permit per command that runs: the rest of the blocking pool is left for `info`.
+    /// One permit per command that runs, but for those that end others: the rest of the blocking pool is left for `info`.
     pub(super) commands: Arc<Semaphore>,
     pub(super) followers: Arc<Semaphore>,
     /// True once the server is to end.

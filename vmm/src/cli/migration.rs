@@ -164,6 +164,7 @@ fn verdict_text(report: &Value) -> String {
             format!("came from {}", text(&report["peer"]))
         }
         Some("running-here") => format!("not migrated, runs here as before: {reasons}"),
+        Some("owned-here") => format!("came, and was given up before it could run: {reasons}"),
         Some("not-here") => format!("did not come: {reasons}"),
         _ => format!("unresolved, frozen: {reasons}"),
     }

@@ -372,8 +372,7 @@ fn process_of(name: &str) -> Result<(Found, Client, VmProcess), CliError> {
             .map_err(connect)
             .and_then(|process| client.info().map(|_| process));
         match asked {
-            // Its socket may have another name by the next request.
-            Ok(process) => return Ok((found, Client::of(RuntimeDir::open()?, name)?, process)),
+            Ok(process) => return Ok((found, client, process)),
             Err(error) if error.is_gone() && Instant::now() < deadline => thread::sleep(LOOK_AGAIN),
             Err(error) => return Err(error.into()),
         }
@@ -382,7 +381,11 @@ fn process_of(name: &str) -> Result<(Found, Client, VmProcess), CliError> {
 
 fn stop(args: &StopArgs) -> Done {
     let (found, client, process) = process_of(&args.name)?;
-    let mut stream = client.follow(0)?;
+    let mut stream = match client.follow(0) {
+        // Its socket has got another name.
+        Err(error) if error.is_gone() => return stop(args),
+        followed => followed?,
+    };
     let ask_first = !args.force || args.timeout.is_some();
     let mut ended = false;
     if ask_first {

@@ -165,14 +165,14 @@ fn request_sink(sender: RequestSender) -> (RequestSink, ContextCell) {
     let sink = move |request| {
         if let Some(context) = gate.get().and_then(std::sync::Weak::upgrade) {
             context.gate.set(Target::Park);
-            if !matches!(request, GuestRequest::Reset) {
-                context.ends.store(true, Ordering::SeqCst);
-            }
             // Of several vCPUs that ask at once the first is heard; an operator always is.
             let second = context.requested.swap(true, Ordering::SeqCst);
             let of_guest = !matches!(request, GuestRequest::Kill | GuestRequest::HandedOver);
             if second && of_guest {
                 return;
+            }
+            if !matches!(request, GuestRequest::Reset) {
+                context.ends.store(true, Ordering::SeqCst);
             }
         }
         // The receiver lives as long as the process has a machine.

@@ -50,6 +50,10 @@ impl Machine {
 
     /// Ends [`Machine::hold`]: the guest goes on, unless an operator wants it paused.
     pub fn release(&self) -> Result<(), MachineError> {
+        // Nobody else takes it: who has not does not wait for a save.
+        if !self.is_held() {
+            return Ok(());
+        }
         let _life = lock(&self.life);
         if !self.held.load(Ordering::Acquire) {
             return Ok(());

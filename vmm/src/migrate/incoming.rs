@@ -115,6 +115,8 @@ pub enum Received {
     Not(Vec<String>, Option<MigrationId>),
     /// Nobody knows.
     Unresolved(Vec<String>),
+    /// It is here, and was given up before it could run, for these reasons; the source of this migration may still ask.
+    NeverRan(Vec<String>, Option<MigrationId>),
     /// None came.
     Stopped,
 }
@@ -209,6 +211,7 @@ impl FrontDoor {
                 Received::Not(reasons, id.filter(|_| !report.confirmed))
             }
             Arrival::Unresolved { reasons } => Received::Unresolved(reasons),
+            Arrival::OwnedHere { reasons } => Received::NeverRan(reasons, report.id.parse().ok()),
             Arrival::Stopped => Received::Stopped,
         };
         if let Some((vm, api)) = made {

@@ -25,7 +25,8 @@ use crate::vcpu::GuestRequest;
 
 /// How long to wait before looking at a migration again that is about to be decided.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
-/// How long memory that a guest elsewhere needs waits for a lost connection when its process is to end.
+/// How long memory that a guest elsewhere needs waits for its connections after the first one is lost, when its process
+/// is to end.
 const GIVE_UP: Duration = Duration::from_secs(3);
 
 /// Silence that a peer may be taken for dead after, milliseconds.
@@ -160,26 +161,26 @@ impl Outgoing {
             }
         };
         records.keep("outgoing", &value);
-        match outcome {
-            Some(Outcome::HandedOver) => {
-                machine.events().push("migrated", value.clone());
-                machine.request(GuestRequest::HandedOver);
-            }
-            Some(Outcome::Unresolved { .. }) => {
-                machine.events().push("migration-unresolved", value.clone());
-            }
-            Some(Outcome::RunningHere { .. }) | None => {
-                if let Err(error) = machine.release() {
-                    tracing::error!(%error, "the guest stays paused");
-                }
-                machine.events().push("migration-failed", value.clone());
+        if matches!(outcome, Some(Outcome::RunningHere { .. }) | None) {
+            if let Err(error) = machine.release() {
+                tracing::error!(%error, "the guest stays paused");
             }
         }
+        // Who hears of it finds it so.
         let mut state = self.lock();
+        let event = match outcome {
+            Some(Outcome::HandedOver) => "migrated",
+            Some(Outcome::Unresolved { .. }) => "migration-unresolved",
+            Some(Outcome::RunningHere { .. }) | None => "migration-failed",
+        };
+        machine.events().push(event, value.clone());
         state.last = Some(value);
         state.running = None;
         drop(state);
         self.changed.notify_all();
+        if matches!(outcome, Some(Outcome::HandedOver)) {
+            machine.request(GuestRequest::HandedOver);
+        }
     }
 
     /// Waits until the migration `id` is over and gives its report.
@@ -298,7 +299,7 @@ impl Outgoing {
     /// where it is too late for that.
     #[must_use]
     pub fn end(&self) -> Ended {
-        let mut interrupted = None;
+        let mut interrupted: Option<Instant> = None;
         while let Some(control) = self.control() {
             let stuck = match control.phase() {
                 SourcePhase::Unresolved | SourcePhase::RolledBack => true,
@@ -306,10 +307,7 @@ impl Outgoing {
                 _ if control.is_interrupted() => {
                     interrupted.get_or_insert_with(Instant::now).elapsed() > GIVE_UP
                 }
-                _ => {
-                    interrupted = None;
-                    false
-                }
+                _ => false,
             };
             if !control.guest_ended() && stuck {
                 control.detach();

@@ -18,7 +18,7 @@ use crate::destination::session::Session;
 use crate::destination::{Draining, Input, MissingRanges};
 use crate::handover::Cause;
 use crate::journal::{DestinationEntry, JournalError};
-use crate::link::MainLink;
+use crate::link::{MainLink, LAST_WORD};
 use crate::page_set::PageSet;
 use crate::report::as_micros;
 use crate::snapshot::write_runs;
@@ -31,7 +31,8 @@ use crate::volatile_io::discard;
 
 /// How often it is looked whether a request is answered, and progress is told.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// So long a source may come again that does not know yet that all has arrived: longer than it waits between two tries.
+/// So long a source may come again that has lost its connection and does not know yet that all has arrived: longer than it
+/// waits between two tries.
 const LINGER: Duration = Duration::from_secs(10);
 /// Requests that go out together, bytes.
 const REQUEST_BUFFER: usize = 4096;
@@ -312,7 +313,9 @@ impl Session<'_, '_, '_> {
         if let Some(vm) = &self.vm {
             vm.set_draining(false);
         }
-        let deadline = Instant::now() + LINGER;
+        // So long it waits for DRAINED before it takes the connection for lost.
+        let patience = self.offer.dead * LAST_WORD + LINGER;
+        let mut deadline = Instant::now() + patience;
         self.send_drained();
         self.journal(|entry| entry.drained(None));
         // A source that does not know it yet comes again.
@@ -326,8 +329,10 @@ impl Session<'_, '_, '_> {
                     self.interrupted("the source lost a connection");
                     if self.recovered(connections, records, transport).is_ok() {
                         self.send_drained();
+                        deadline = Instant::now() + patience;
                     }
                 }
+                Input::Lost { .. } => deadline = Instant::now() + LINGER,
                 Input::GuestEnded | Input::Detach => break,
                 _ => {}
             }

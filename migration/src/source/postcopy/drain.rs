@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::{Gfn, PageRange};
 use crate::handover::Cause;
-use crate::link::MainLink;
+use crate::link::{MainLink, LAST_WORD};
 use crate::page_set::PageSet;
 use crate::prepaging::Plan;
 use crate::snapshot::write_runs;
@@ -29,9 +29,6 @@ const RETRY_LONGEST: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 /// How often progress is told.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// So many times the silence of a dead peer may pass from the last page that was sent to DRAINED: what is in the
-/// buffers of a slow link takes its time.
-const LAST_WORD: u32 = 12;
 /// A link that is to be kept busy, bytes per second: 10 Gbit/s.
 const FASTEST_LINK: f64 = 1.25e9;
 /// Bytes that the kernel may keep of what is pushed, where the round trip is short.
