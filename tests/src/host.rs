@@ -216,6 +216,15 @@ impl Host {
         (vm, address)
     }
 
+    /// As [`Host::receive`], and for another VM when none came.
+    #[track_caller]
+    pub fn receive_more(&self) -> (Vm, String) {
+        let mut vm = self.launch(&["receive", "--listen", "127.0.0.1:0"]);
+        vm.console.may_begin_within_a_line();
+        let address = vm.listens_at();
+        (vm, address)
+    }
+
     /// Starts a command that becomes a VM, with the console on pipes.
     #[track_caller]
     pub fn launch(&self, args: &[&str]) -> Vm {

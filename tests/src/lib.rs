@@ -53,7 +53,10 @@ pub use beacon::{goes_on, number, Console};
 pub use guest::Guest;
 pub use host::{binary, Host};
 pub use migrating::Migrating;
-pub use needs::{huge_pages, kvm, namespaces, network_namespaces, root, userfaultfd, HugePages};
+pub use needs::{
+    huge_pages, kvm, loop_devices, namespaces, network_namespaces, root, userfaultfd, HugePages,
+    LoopDevice,
+};
 pub use pairs::{pairwise, Fields};
 pub use process::{finish, tied, wait, Collected, Finished};
 pub use snapshot::{Records, Snapshot};

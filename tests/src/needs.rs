@@ -1,6 +1,7 @@
 //! What tests need of the machine beyond a processor.
 
 use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::suite::Need;
@@ -87,5 +88,47 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         let _ = fs::write(HUGE_PAGES, &self.before);
+    }
+}
+
+/// Block devices that are files.
+pub fn loop_devices() -> Need {
+    let image = tempfile::NamedTempFile::new().map_err(|error| error.to_string())?;
+    image.as_file().set_len(1 << 20).map_err(|error| error.to_string())?;
+    LoopDevice::attach(image.path()).map(drop).map_err(|why| format!("needs loop devices: {why}"))
+}
+
+/// A block device that is a file, which has what was written to the device once that is flushed. Gone when dropped.
+pub struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    /// # Panics
+    /// There are none: see [`loop_devices`].
+    #[must_use]
+    pub fn of(image: &Path) -> Self {
+        Self::attach(image).unwrap()
+    }
+
+    fn attach(image: &Path) -> Result<Self, String> {
+        let mut losetup = Command::new("losetup");
+        let output = losetup.args(["--find", "--show"]).arg(image).output();
+        let output = output.map_err(|error| format!("losetup: {error}"))?;
+        match output.status.success() {
+            true => Ok(Self(String::from_utf8_lossy(&output.stdout).trim().into())),
+            false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // Detached when its last user has closed it.
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).output();
     }
 }

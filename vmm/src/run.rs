@@ -533,27 +533,27 @@ fn wait_for_end(
     RunEnd::Killed
 }
 
-/// The kernel is loaded into memory that may never come: an operator who ends the VM does not wait for that.
+/// Resets the machine once it stands: who waits for a slow disk, or for a page, does not stop in time. The kernel is loaded
+/// into memory that may never come: an operator who ends the VM does not wait for that.
 fn reset(machine: &Machine, handle: &VmHandle) -> Result<(), MachineError> {
     const LOOK: Duration = Duration::from_millis(20);
-    // Who waits for a page does not stop in time.
-    let not_yet = |error: &MachineError| {
-        matches!(error, MachineError::NotStopped | MachineError::NotQuiet(_))
-            && machine.is_draining()
-            && !machine.is_ending()
+    let reset = || loop {
+        match machine.reset() {
+            Err(error @ (MachineError::NotStopped | MachineError::NotQuiet(_))) => {
+                // Who ends the VM is heard next.
+                if machine.is_ending() {
+                    return Ok(());
+                }
+                tracing::warn!(%error, "the guest reboots; trying again");
+            }
+            result => return result,
+        }
     };
     if !machine.is_draining() {
-        return machine.reset();
+        return reset();
     }
     thread::scope(|scope| {
-        let resetting = scope.spawn(|| loop {
-            match machine.reset() {
-                Err(error) if not_yet(&error) => {
-                    tracing::warn!(%error, "the guest reboots; trying again")
-                }
-                result => return result,
-            }
-        });
+        let resetting = scope.spawn(reset);
         while !resetting.is_finished() && !machine.is_ending() {
             thread::sleep(LOOK);
         }

@@ -142,6 +142,12 @@ impl<'a, M: GuestMemory> Context<'a, M> {
         self.queues[index].undo_pop(chains).map_err(|error| DeviceError::Queue { index, error })
     }
 
+    /// Entries of queue `index`.
+    #[must_use]
+    pub fn size(&self, index: usize) -> u16 {
+        self.queues.get(index).map_or(0, VirtQueue::size)
+    }
+
     /// Whether queue `index` is there and set up.
     #[must_use]
     pub fn is_ready(&self, index: usize) -> bool {

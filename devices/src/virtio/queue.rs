@@ -273,6 +273,12 @@ impl VirtQueue {
         Ok(Some(chain))
     }
 
+    /// Entries, while the queue is ready.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.rings.as_ref().map_or(0, QueueT::size)
+    }
+
     /// Takes back the last `chains` calls of [`VirtQueue::pop`]: they will come again.
     pub fn undo_pop(&mut self, chains: u16) -> Result<(), QueueError> {
         let rings = self.rings()?;

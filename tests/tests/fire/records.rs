@@ -1,10 +1,12 @@
 //! Single records that are not as they were sent, and a source that cannot ask.
 
+use std::fs;
+
 use migration::stream::RecordType;
 use serde_json::Value;
-use tests::fire::{moves, runs, until, Place, Scene, Thief};
-use tests::proxy::{Cut, Edit, On, Spot, Way};
-use tests::{add, Migrating, Need, Suite};
+use tests::fire::{moves, runs, until, Place, Scene, Thief, BUSY};
+use tests::proxy::{Cut, Edit, On, Proxy, Spot, Way};
+use tests::{add, loop_devices, LoopDevice, Migrating, Need, Suite};
 
 /// Nothing is written after round 0, which would make a damaged page good again.
 const STILL: &str = "ws=8 dirty=0 report=0 pace=0 beat=20";
@@ -18,6 +20,10 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
         a_vm_whose_disk_cannot_be_taken_back_can_be_ended,
         a_vm_that_came_and_cannot_have_its_disk_can_be_ended,
         a_guest_that_runs_twice_is_seen,
+        a_receiver_that_lost_a_vm_takes_it_the_next_time,
+    );
+    add!(suite, &[needs, &[&loop_devices()]].concat();
+        what_a_guest_wrote_is_on_its_disk_before_another_host_has_it,
     );
 }
 
@@ -165,6 +171,50 @@ fn a_disk_that_cannot_be_taken_back_is_waited_for() {
     let mut vm = scene.source.take().unwrap();
     runs(&mut vm, &scene.before);
     moves(vm, &scene.here, &scene.there, &[]).kill_9();
+}
+
+/// It keeps nothing of the first attempt: not even who is to own the disk next.
+fn a_receiver_that_lost_a_vm_takes_it_the_next_time() {
+    let (here, there) = (Place::plain(), Place::plain());
+    let disk = here.host.path("disk");
+    let mut vm = here.host.run(BUSY, &["--disk", &Scene::disk(&disk)]).ready();
+    let before = vm.report();
+    let (mut destination, address) = there.host.receive_more();
+    let proxy = Proxy::to(&address);
+    let ready = proxy.hold(Spot::new(On::Main, Way::Back, RecordType::Loaded));
+    let migrating = Migrating::start(&here.host, &proxy.address(), &[]);
+    ready.wait();
+    proxy.cut(On::Main, Cut::Reset);
+    let finished = migrating.end();
+    assert_eq!(finished.code, Some(1), "{finished:#?}");
+    until("it listens again", || destination.log().contains("listening on\n"));
+    here.host.ok(&["migrate", "vm", "--to", &address]);
+    vm.ends_well();
+    runs(&mut destination, &before);
+}
+
+/// Whose cache it does not share, and though the guest never asked for it.
+fn what_a_guest_wrote_is_on_its_disk_before_another_host_has_it() {
+    let here = Place::plain();
+    let image = here.host.path("image");
+    drop(Scene::disk(&image));
+    let device = LoopDevice::of(&image);
+    let guest = format!("{BUSY} disk=verify disk-ws=4");
+    let argument = format!("id=disk,path={},cache=unsafe", device.path().display());
+    let mut vm = here.host.run(&guest, &["--disk", &argument]).ready();
+    vm.console.event("disk-ready");
+    let scene = Scene::with(vm, here, Place::plain(), None);
+    let held = scene.proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Commit));
+    let migrating = scene.migrate(&["--dead-after", "60s"]);
+    held.wait();
+    let (seen, stored) = (fs::read(device.path()).unwrap(), fs::read(&image).unwrap());
+    assert!(seen.iter().any(|byte| *byte != 0), "the guest has written");
+    assert!(seen == stored, "the device has other contents than its cache");
+    held.release();
+    assert_eq!(migrating.end().code, Some(0));
+    let Scene { source, destination, before, .. } = scene;
+    source.unwrap().ends_well();
+    runs(&mut destination.unwrap(), &before);
 }
 
 /// The witness' own test: two processes run one guest on purpose.

@@ -198,6 +198,7 @@ pub(super) struct RunArgs {
     ///
     /// FILE is a raw image or a block device; the VM locks it. The guest's writes are on stable
     /// storage when it flushes (writeback), at once, or never for certain (unsafe).
+    /// A migration flushes it in any case.
     #[arg(long = "disk", value_name = "SETTINGS")]
     disks: Vec<DiskConfig>,
     /// Network card: id=NAME,tap=INTERFACE|bridge=BRIDGE|network=NAME[,mac=ADDRESS][,mtu=BYTES]; may

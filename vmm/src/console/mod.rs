@@ -165,6 +165,9 @@ impl Console {
         } else {
             tracing::warn!("the console's output is stuck; some of it is lost");
         }
+        // The machine has a writer to this console: neither would ever be dropped.
+        let peer = self.shared.lock().peer.take();
+        drop(peer);
         if let Some(path) = self.created.take() {
             let _ = std::fs::remove_file(path);
         }

@@ -216,6 +216,7 @@ const VECTORS: &[c_long] = &[SYS_readv];
 
 /// Work on a disk that is open.
 const DISK: &[c_long] = &[
+    SYS_fadvise64,
     SYS_fallocate,
     SYS_fdatasync,
     SYS_fsync,
@@ -235,6 +236,7 @@ const FILES: &[c_long] = &[
     SYS_copy_file_range,
     SYS_faccessat,
     SYS_faccessat2,
+    SYS_fadvise64,
     SYS_fchmod,
     SYS_fchmodat,
     SYS_flock,

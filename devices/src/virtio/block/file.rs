@@ -44,6 +44,14 @@ pub enum DiskError {
         /// Its size, bytes.
         size: u64,
     },
+    /// What was written to it may not be on it.
+    #[error("cannot flush disk {path}: {error}")]
+    Flush {
+        /// Which.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
     /// Somebody else uses it.
     #[error("disk {path}: {error}")]
     Lock {
@@ -64,6 +72,7 @@ pub struct DiskFile {
     lock: DiskLock,
     size: u64,
     read_only: bool,
+    device: bool,
 }
 
 impl DiskFile {
@@ -101,7 +110,8 @@ impl DiskFile {
         let file = Arc::new(file);
         let mode = if read_only { LockMode::Shared } else { LockMode::Exclusive };
         let lock = DiskLock::new(Arc::clone(&file), mode);
-        Ok(Self { path: path.to_owned(), file, lock, size, read_only })
+        let device = kind.is_block_device();
+        Ok(Self { path: path.to_owned(), file, lock, size, read_only, device })
     }
 
     /// Makes this process the disk's owner.
@@ -110,7 +120,13 @@ impl DiskFile {
     ///
     /// When another one is, or is about to be.
     pub fn take_owner(&mut self) -> Result<(), DiskError> {
-        self.lock.take_owner().map_err(|error| self.lock_error(error))
+        self.lock.take_owner().map_err(|error| self.lock_error(error))?;
+        if self.device {
+            // What was read before may be older than what its owner on another host has written: unlike network file
+            // systems, a block device does not see to that. Nothing is lost if the kernel keeps it all the same.
+            let _ = rustix::fs::fadvise(&*self.file, 0, None, rustix::fs::Advice::DontNeed);
+        }
+        Ok(())
     }
 
     /// Announces this process as the next owner: for the destination of a migration.
@@ -122,12 +138,17 @@ impl DiskFile {
         self.lock.take_incoming().map_err(|error| self.lock_error(error))
     }
 
-    /// Gives the disk up, after which every access fails; for a source, after the hand-over.
+    /// Gives the disk up, after which every access fails; for a source, at the hand-over. What was written is on the disk
+    /// then, whatever its cache mode, for a host that shares the disk and not its cache.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses to unlock.
+    /// When it cannot be flushed, or the kernel refuses to unlock.
     pub fn release_owner(&mut self) -> Result<(), DiskError> {
+        if !self.read_only {
+            let flushed = self.file.sync_data();
+            flushed.map_err(|error| DiskError::Flush { path: self.path.clone(), error })?;
+        }
         self.lock.release_owner().map_err(|error| self.lock_error(error))
     }
 

@@ -250,7 +250,9 @@ impl<B: NetBackend> Net<B> {
         // All places of the frame: head, and bytes of it there.
         let mut used = vec![(first.head(), len.min(room) as u32)];
         let mut rest = &self.overflow[..len.saturating_sub(room).min(self.overflow.len())];
-        while !rest.is_empty() && self.features & F_MRG_RXBUF != 0 {
+        // A driver that adds buffers meanwhile does not make more of them than fit into the queue.
+        let most = usize::from(context.size(RECEIVE));
+        while !rest.is_empty() && used.len() < most && self.features & F_MRG_RXBUF != 0 {
             let Some(more) = context.pop(RECEIVE)? else { break };
             if more.writable.is_empty() || !more.readable.is_empty() {
                 return Err(broken("a buffer for frames without room".into()));
