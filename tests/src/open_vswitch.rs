@@ -70,6 +70,20 @@ impl OpenVswitch {
         self.daemons.push(child.unwrap());
     }
 
+    /// Ends the switch itself, and starts it again: what it was told by OpenFlow is gone, and so are those connections.
+    ///
+    /// # Panics
+    /// It does not start.
+    pub fn restart(&mut self) {
+        let mut old = self.daemons.pop().unwrap();
+        old.kill().unwrap();
+        old.wait().unwrap();
+        let database = format!("unix:{}", self.path("db.sock"));
+        self.daemon("ovs-vswitchd", &[&database, "--disable-system"]);
+        // Waits until it has its bridges again.
+        self.vsctl(&["set", "open_vswitch", ".", "external-ids:restarted=yes"]);
+    }
+
     /// Stops its daemons, for good: they answer nothing any more.
     ///
     /// # Panics

@@ -15,6 +15,7 @@ pub fn add(suite: &mut Suite, needs: &[&Need]) {
     let kvm = tests::kvm();
     add!(suite, &[&needs[..], &[&kvm]].concat();
         the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves,
+        the_way_is_held_though_open_vswitch_was_started_again_meanwhile,
         a_guest_leaves_though_open_vswitch_does_not_answer,
     );
 }
@@ -101,6 +102,35 @@ fn the_way_to_a_guest_in_a_vlan_is_held_while_it_leaves() {
         vm.ends_well();
         drop(proxy);
         assert_eq!(flows().lines().count(), before, "{}", flows());
+        next.verify();
+    };
+    in_private_network(test).unwrap();
+}
+
+/// It closes connections that are silent for two minutes, too.
+fn the_way_is_held_though_open_vswitch_was_started_again_meanwhile() {
+    let test = || {
+        let (a, b) = (Host::new(), Host::new());
+        let mut switch = OpenVswitch::start(&a, false);
+        add_bridge(&switch);
+        network(&a, "create sw --type ovs --bridge br-int").ok();
+        let mut vm = a.run("virtio=irq ws=8 pace=0", &["--net", "id=net,network=sw"]).ready();
+        let (mut next, destination) = b.receive(&["--net", "net=bridge=mv-sw"]);
+        let proxy = Proxy::apart(&destination);
+        let copying = proxy.hold(Spot::new(On::Page(0), Way::Forth, RecordType::Pages));
+        let commit = proxy.hold(Spot::new(On::Main, Way::Forth, RecordType::Commit));
+        let migrating = Migrating::start(&a, &proxy.address(), &["--dead-after", "60s"]);
+        copying.wait();
+        switch.restart();
+        let flows = || switch.appctl(&["bridge/dump-flows", "br-int"]);
+        assert!(!flows().contains("dl_dst="), "{}", flows());
+        copying.release();
+        commit.wait();
+        assert!(flows().contains("dl_dst="), "{}", flows());
+        commit.release();
+        let finished = migrating.end();
+        assert_eq!(finished.code, Some(0), "{finished:?}");
+        vm.ends_well();
         next.verify();
     };
     in_private_network(test).unwrap();

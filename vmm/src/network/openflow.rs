@@ -10,8 +10,6 @@ use std::time::Duration;
 use super::Switch;
 use crate::config::Mac;
 
-/// How long the switch may take to answer.
-const PATIENCE: Duration = Duration::from_secs(1);
 /// How long the flow stays when it is not renewed, seconds.
 const SECONDS: u16 = 5;
 
@@ -49,14 +47,14 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    /// Has the bridge send frames for `mac` to the port of `switch`.
+    /// Has the bridge send frames for `mac` to the port of `switch`, which may take `patience` for each answer.
     ///
     /// # Errors
     /// The switch is not there, has no such port, or refuses.
-    pub(super) fn add(switch: &Switch, mac: Mac) -> io::Result<Self> {
+    pub(super) fn add(switch: &Switch, mac: Mac, patience: Duration) -> io::Result<Self> {
         let mut stream = UnixStream::connect(socket(&switch.bridge))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
         stream.write_all(&message(HELLO, &[]))?;
         stream.write_all(&message(FEATURES_REQUEST, &[]))?;
         let features = answer(&mut stream, FEATURES_REPLY)?;

@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rtnetlink::packet_core::{
     NetlinkMessage, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST,
@@ -23,6 +24,10 @@ use rustix::net::{
 use super::openflow::Flow;
 use super::Switch;
 use crate::config::Mac;
+
+/// How long Open vSwitch may take for an answer while the guest runs, and while it may stand.
+const PATIENCE: Duration = Duration::from_secs(1);
+const HASTE: Duration = Duration::from_millis(20);
 
 /// The way to a card, which can be held. The thread that lets go of it, and the one that stops a guest, need no more than open
 /// sockets for it.
@@ -66,7 +71,8 @@ impl Pin {
     }
 
     /// Holds the way, or lets it be learned again. What Open vSwitch was told ends by itself after some seconds: it is to be said
-    /// again until then. Only the first time waits for Open vSwitch, 1 s for each answer at most.
+    /// again until then. The first time waits for Open vSwitch, 1 s for each answer at most; later that is done only where
+    /// it has closed the connection, which was silent for too long, and for 20 ms.
     ///
     /// # Errors
     /// The kernel's, and Open vSwitch's; what can be done without the other is done.
@@ -80,9 +86,13 @@ impl Pin {
         }
         let switch = match (held, now.switch.take(), &self.switch) {
             (true, None, Some(switch)) if first => {
-                Flow::add(switch, self.mac).map(|flow| now.switch = Some(flow))
+                Flow::add(switch, self.mac, PATIENCE).map(|flow| now.switch = Some(flow))
             }
-            (true, Some(mut flow), _) => flow.renew().map(|()| now.switch = Some(flow)),
+            (true, Some(mut flow), Some(switch)) => match flow.renew() {
+                Ok(()) => Ok(flow),
+                Err(_) => Flow::add(switch, self.mac, HASTE),
+            }
+            .map(|flow| now.switch = Some(flow)),
             (false, Some(flow), _) => flow.remove(),
             _ => Ok(()),
         };
