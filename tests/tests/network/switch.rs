@@ -44,6 +44,17 @@ fn a_bridge_of_open_vswitch_is_made_and_removed() {
         assert_eq!(switch.vsctl(&["get", "port", "mt0-blue", "protected"]), "true\n");
         let options = switch.vsctl(&["get", "interface", "mt1-blue", "type", "options"]);
         assert!(options.contains("vxlan") && options.contains("192.0.2.3"), "{options}");
+        // Somebody else has come to use it: it stays whole.
+        let whole = switch.vsctl(&["list-ports", "ov-blue"]);
+        let foreign =
+            ["add-port", "ov-blue", "z0", "--", "set", "interface", "z0", "type=internal"];
+        switch.vsctl(&foreign);
+        for dry in ["delete blue --dry-run", "delete blue"] {
+            network(&host, dry).refused(5, &["in use by z0"]);
+        }
+        switch.vsctl(&["del-port", "z0"]);
+        assert_eq!(switch.vsctl(&["list-ports", "ov-blue"]), whole);
+        network(&host, create).ok();
         assert!(options.contains("key=\"5001\"") && options.contains("192.0.2.1"), "{options}");
         let shown = network(&host, "show blue --json").ok().to_owned();
         let shown: Value = serde_json::from_str(&shown).unwrap();

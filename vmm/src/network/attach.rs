@@ -109,6 +109,8 @@ fn plug(tap: &str, net: &NetConfig, vm: &str) -> Result<Option<Pin>, NetworkErro
         let alias = alias(vm, &net.id, net.mac);
         let links = Links::open()?;
         links.attach(tap, &bridge, Some((mtu, &alias)))?;
+        // From here on who would delete the network sees the card; who began before is seen here.
+        place(&net.attachment)?;
         let pin = Pin::new(links.get(tap)?.index, net.mac, switch);
         pin.map(Some).map_err(|error| NetworkError::kernel("open an rtnetlink socket", error))
     };

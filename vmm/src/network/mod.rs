@@ -120,7 +120,14 @@ pub fn delete(name: &str) -> Result<Outcome, NetworkError> {
     let _lock = store.lock()?;
     let mut record = find(&store, name)?;
     let links = Links::open()?;
-    not_in_use(&links, &record)?;
+    // Whoever plugs a card in meanwhile looks at the state afterwards.
+    let before = std::mem::replace(&mut record.state, State::Deleting);
+    store.put(&record)?;
+    if let Err(error) = not_in_use(&links, &record) {
+        record.state = before;
+        store.put(&record)?;
+        return Err(error);
+    }
     let changed = unmake(&store, &links, &mut record)?;
     Ok(Outcome { network: record, changed, existed: true })
 }
@@ -436,13 +443,29 @@ fn unmake(store: &Store, links: &Links, record: &mut Record) -> Result<Vec<Strin
     Ok(changed)
 }
 
-/// Cards, and what else is attached to the network's bridge beside its own ports.
+/// Cards, and what else is attached to the network's bridges beside its own ports.
 fn not_in_use(links: &Links, record: &Record) -> Result<(), NetworkError> {
+    let mut ports = attached(links, record)?;
+    for step in &record.steps {
+        if let Step::Switch(switch) = step {
+            ports.extend(tools::ports_of_others(switch)?);
+        }
+    }
+    match ports.is_empty() {
+        true => Ok(()),
+        false => Err(NetworkError::InUse { name: record.name.clone(), ports }),
+    }
+}
+
+/// What is attached to the network's bridge beside its own ports.
+fn attached(links: &Links, record: &Record) -> Result<Vec<String>, NetworkError> {
     let all = links.all()?;
     let own = marked(&record.name, &record.steps);
-    let Some(bridge) = all.iter().find(|link| link.name == record.bridge) else { return Ok(()) };
+    let Some(bridge) = all.iter().find(|link| link.name == record.bridge) else {
+        return Ok(Vec::new());
+    };
     if !own.iter().any(|(link, _)| is_ours(bridge, link)) {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let uplinks: Vec<&String> = record
         .steps
@@ -455,16 +478,8 @@ fn not_in_use(links: &Links, record: &Record) -> Result<(), NetworkError> {
     let mine = |port: &Found| {
         uplinks.contains(&&port.name) || own.iter().any(|(link, _)| link.name == port.name)
     };
-    let ports: Vec<String> = all
-        .iter()
-        .filter(|port| port.controller == Some(bridge.index) && !mine(port))
-        .map(|port| port.name.clone())
-        .collect();
-    if ports.is_empty() {
-        Ok(())
-    } else {
-        Err(NetworkError::InUse { name: record.name.clone(), ports })
-    }
+    let others = all.iter().filter(|port| port.controller == Some(bridge.index) && !mine(port));
+    Ok(others.map(|port| port.name.clone()).collect())
 }
 
 fn forwarding() -> Result<bool, NetworkError> {

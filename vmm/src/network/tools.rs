@@ -126,17 +126,28 @@ pub(super) fn make_switch(switch: &Switch) -> Result<(), NetworkError> {
     Ok(())
 }
 
+/// Ports of others at the bridge that was made for this network.
+pub(super) fn ports_of_others(switch: &Switch) -> Result<Vec<String>, NetworkError> {
+    let own = owned("Port", &switch.owner)?;
+    let mut others = Vec::new();
+    for bridge in owned("Bridge", &switch.owner)? {
+        let ports = ovs_words(&["list-ports", &bridge])?;
+        let foreign = ports.lines().filter(|port| !own.iter().any(|mine| mine == port));
+        others.extend(foreign.map(ToOwned::to_owned));
+    }
+    Ok(others)
+}
+
 /// Removes the ports that are this network's, and the bridge, if that is too and nobody else has ports there.
 pub(super) fn delete_switch(switch: &Switch) -> Result<(), NetworkError> {
+    let ports = ports_of_others(switch)?;
+    if !ports.is_empty() {
+        return Err(NetworkError::InUse { name: switch.owner.clone(), ports });
+    }
     for port in owned("Port", &switch.owner)? {
         ovs_words(&["--if-exists", "del-port", &port])?;
     }
     for bridge in owned("Bridge", &switch.owner)? {
-        let ports = ovs_words(&["list-ports", &bridge])?;
-        let ports: Vec<String> = ports.lines().map(ToOwned::to_owned).collect();
-        if !ports.is_empty() {
-            return Err(NetworkError::InUse { name: switch.owner.clone(), ports });
-        }
         ovs_words(&["--if-exists", "del-br", &bridge])?;
     }
     Ok(())
