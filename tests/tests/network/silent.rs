@@ -14,7 +14,7 @@ use tests::{kvm, PATIENCE};
 use super::*;
 
 /// Longer than a guest is announced after it has come.
-const A_WHILE: Duration = Duration::from_millis(1200);
+const A_WHILE: Duration = Duration::from_millis(1700);
 /// Datagrams to everybody per second.
 const RATE: u64 = 100;
 
