@@ -545,6 +545,8 @@ fn reset(machine: &Machine, handle: &VmHandle) -> Result<(), MachineError> {
                     return Ok(());
                 }
                 tracing::warn!(%error, "the guest reboots; trying again");
+                // Others may want to know meanwhile.
+                thread::sleep(LOOK);
             }
             result => return result,
         }

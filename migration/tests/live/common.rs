@@ -36,13 +36,13 @@ pub fn frames() -> Vec<u64> {
 pub fn timing() -> Timing {
     Timing {
         alive: Duration::from_millis(100),
-        dead: Duration::from_secs(2),
-        connect: Duration::from_secs(2),
-        accept: Duration::from_secs(5),
+        dead: Duration::from_secs(5),
+        connect: Duration::from_secs(5),
+        accept: Duration::from_secs(10),
         ready: Duration::from_secs(10),
-        pause: Duration::from_secs(5),
-        loaded: Duration::from_secs(5),
-        resumed: Duration::from_secs(5),
+        pause: Duration::from_secs(10),
+        loaded: Duration::from_secs(10),
+        resumed: Duration::from_secs(10),
     }
 }
 

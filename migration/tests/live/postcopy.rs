@@ -217,7 +217,7 @@ fn a_lost_connection_loses_nothing() {
                 }
             }
         }
-        assert!(recovered > 2, "{name}: {recovered}");
+        assert!(recovered > 0, "{name}: {recovered}");
     }
 }
 

@@ -160,6 +160,8 @@ impl SourceVm for Machine {
     }
 
     fn release_ownership(&self) -> Result<(), VmError> {
+        // All of them before the first is given up.
+        self.flush_disks()?;
         self.virtio.release_disks().map_err(|error| VmError::Other(error.to_string()))
     }
 

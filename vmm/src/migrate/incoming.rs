@@ -211,7 +211,10 @@ impl FrontDoor {
                 Received::Not(reasons, id.filter(|_| !report.confirmed))
             }
             Arrival::Unresolved { reasons } => Received::Unresolved(reasons),
-            Arrival::OwnedHere { reasons } => Received::NeverRan(reasons, report.id.parse().ok()),
+            Arrival::OwnedHere { reasons } => {
+                let id = report.id.parse().ok();
+                Received::NeverRan(reasons, id.filter(|_| !report.confirmed))
+            }
             Arrival::Stopped => Received::Stopped,
         };
         if let Some((vm, api)) = made {

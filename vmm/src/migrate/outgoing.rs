@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use migration::handover::SourcePhase;
 use migration::identity::MigrationId;
@@ -25,8 +25,7 @@ use crate::vcpu::GuestRequest;
 
 /// How long to wait before looking at a migration again that is about to be decided.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
-/// How long memory that a guest elsewhere needs waits for its connections after the first one is lost, when its process
-/// is to end.
+/// How long in all memory that a guest elsewhere needs waits for lost connections when its process is to end.
 const GIVE_UP: Duration = Duration::from_secs(3);
 
 /// Silence that a peer may be taken for dead after, milliseconds.
@@ -299,13 +298,14 @@ impl Outgoing {
     /// where it is too late for that.
     #[must_use]
     pub fn end(&self) -> Ended {
-        let mut interrupted: Option<Instant> = None;
+        let mut interrupted = Duration::ZERO;
         while let Some(control) = self.control() {
             let stuck = match control.phase() {
                 SourcePhase::Unresolved | SourcePhase::RolledBack => true,
                 // The VM's memory goes with this process: it is tried for a while to connect again.
                 _ if control.is_interrupted() => {
-                    interrupted.get_or_insert_with(Instant::now).elapsed() > GIVE_UP
+                    interrupted += LOOK_AGAIN;
+                    interrupted > GIVE_UP
                 }
                 _ => false,
             };

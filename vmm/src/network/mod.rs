@@ -120,6 +120,7 @@ pub fn delete(name: &str) -> Result<Outcome, NetworkError> {
     let _lock = store.lock()?;
     let mut record = find(&store, name)?;
     let links = Links::open()?;
+    not_in_use(&links, &record)?;
     // Whoever plugs a card in meanwhile looks at the state afterwards.
     let before = std::mem::replace(&mut record.state, State::Deleting);
     store.put(&record)?;

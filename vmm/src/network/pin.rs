@@ -27,10 +27,10 @@ use crate::config::Mac;
 
 /// How long Open vSwitch may take for an answer while the guest runs, and while it may stand.
 const PATIENCE: Duration = Duration::from_secs(1);
-const HASTE: Duration = Duration::from_millis(20);
+const HASTE: Duration = Duration::from_millis(100);
 
-/// The way to a card, which can be held. The thread that lets go of it, and the one that stops a guest, need no more than open
-/// sockets for it.
+/// The way to a card, which can be held. The thread that lets go of it needs no more than open sockets for it, nor does the
+/// one that stops a guest, unless Open vSwitch has closed its connection.
 #[derive(Debug)]
 pub struct Pin {
     socket: OwnedFd,
@@ -72,7 +72,7 @@ impl Pin {
 
     /// Holds the way, or lets it be learned again. What Open vSwitch was told ends by itself after some seconds: it is to be said
     /// again until then. The first time waits for Open vSwitch, 1 s for each answer at most; later that is done only where
-    /// it has closed the connection, which was silent for too long, and for 20 ms.
+    /// it has closed the connection, which was silent for too long, and for 100 ms.
     ///
     /// # Errors
     /// The kernel's, and Open vSwitch's; what can be done without the other is done.

@@ -236,7 +236,6 @@ const FILES: &[c_long] = &[
     SYS_copy_file_range,
     SYS_faccessat,
     SYS_faccessat2,
-    SYS_fadvise64,
     SYS_fchmod,
     SYS_fchmodat,
     SYS_flock,

@@ -94,7 +94,7 @@ impl VirtioSet {
         };
         for (index, disk) in config.disks.iter().enumerate() {
             let file = disk::open(disk, &config.disks[..index], parts.disks)?;
-            let cached = disk.cache == CacheMode::Writeback && !disk.readonly;
+            let cached = disk.cache != CacheMode::Writethrough && !disk.readonly;
             let host_file = cached.then(|| file.file());
             let block = Block::new(file, &disk.id, disk.cache.into());
             let counters = counters!(
@@ -366,8 +366,7 @@ impl VirtioSet {
         &self.cards
     }
 
-    /// Files of disks with a cache of the host's that the guest relies on, to be flushed beside the
-    /// devices.
+    /// Files of disks that the host may not have written yet, to be flushed beside the devices.
     #[must_use]
     pub fn files_to_flush(&self) -> Vec<Arc<File>> {
         self.disks.iter().filter_map(|(_, file)| file.clone()).collect()

@@ -120,10 +120,11 @@ impl DiskFile {
     ///
     /// When another one is, or is about to be.
     pub fn take_owner(&mut self) -> Result<(), DiskError> {
+        let had = self.lock.is_owner();
         self.lock.take_owner().map_err(|error| self.lock_error(error))?;
-        if self.device {
+        if self.device && !had {
             // What was read before may be older than what its owner on another host has written: unlike network file
-            // systems, a block device does not see to that. Nothing is lost if the kernel keeps it all the same.
+            // systems, a block device does not see to that. It is advice, and whether it was taken is not told.
             let _ = rustix::fs::fadvise(&*self.file, 0, None, rustix::fs::Advice::DontNeed);
         }
         Ok(())

@@ -315,7 +315,8 @@ impl Session<'_, '_, '_> {
         }
         // So long it waits for DRAINED before it takes the connection for lost.
         let patience = self.offer.dead * LAST_WORD + LINGER;
-        let mut deadline = Instant::now() + patience;
+        let connected = self.link.is_some();
+        let mut deadline = Instant::now() + if connected { patience } else { LINGER };
         self.send_drained();
         self.journal(|entry| entry.drained(None));
         // A source that does not know it yet comes again.

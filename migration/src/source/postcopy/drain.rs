@@ -135,6 +135,10 @@ impl Engine<'_, '_, '_> {
         let mut elsewhere: Option<Box<dyn Connector>> = None;
         // Since when nothing is left to be sent.
         let mut all_sent = None;
+        if self.link.is_none() {
+            // Before RESUMED.
+            self.count_interruption();
+        }
         while !self.detached {
             if self.link.is_none() {
                 match self.reconnect(elsewhere.as_deref()) {
@@ -232,11 +236,15 @@ impl Engine<'_, '_, '_> {
 
     fn lost(&mut self, why: &str) {
         self.disconnect();
+        self.count_interruption();
+        self.pause_drain(why);
+    }
+
+    fn count_interruption(&mut self) {
         if let Some(postcopy) = &mut self.postcopy {
             postcopy.interruptions += 1;
             self.around.control.state().interruptions = postcopy.interruptions;
         }
-        self.pause_drain(why);
     }
 
     fn pause_drain(&mut self, why: &str) {
