@@ -187,13 +187,7 @@ impl Journal {
         let mut entry = Entry::new(id, Side::Destination, EntryState::Incoming, vm, peer);
         entry.set_token(token);
         self.replace(&self.path(id, "destination"), &entry)?;
-        Ok(DestinationEntry {
-            journal: self.clone(),
-            id,
-            entry,
-            staged: None,
-            unresolved_unwritten: false,
-        })
+        Ok(DestinationEntry { journal: self.clone(), id, entry, staged: None, written: true })
     }
 
     /// What this host says about a migration's end. `None` for the token when the caller is an
@@ -503,8 +497,8 @@ pub struct DestinationEntry {
     entry: Entry,
     /// The decision `running here`, written ahead.
     staged: Option<Staged>,
-    /// It is, and the file does not say so.
-    unresolved_unwritten: bool,
+    /// The file says the same.
+    written: bool,
 }
 
 impl DestinationEntry {
@@ -535,9 +529,9 @@ impl DestinationEntry {
     /// The decision, if it was made, by whomever. An operator makes none before it is written that there is one to make,
     /// which is tried again.
     pub(crate) fn decision(&mut self) -> Option<Owner> {
-        if self.unresolved_unwritten {
+        if !self.written {
             // The next time, if not now.
-            let _ = self.unresolved();
+            let _ = self.write();
         }
         let entry = self.journal.read(&self.journal.path(self.id, "decision")).ok()??;
         Some(if entry.state == EntryState::RunningHere { Owner::Here } else { Owner::There })
@@ -552,8 +546,7 @@ impl DestinationEntry {
     /// Notes how many pages are missing, or that none is.
     pub(crate) fn set_missing(&mut self, pages: Option<u64>) -> Result<(), JournalError> {
         self.entry.missing_pages = pages;
-        let path = self.journal.path(self.id, "destination");
-        self.journal.replace(&path, &self.entry.renewed())
+        self.write()
     }
 
     /// Notes that pages are waited for no more, of which so many did not come before the VM ended.
@@ -565,9 +558,13 @@ impl DestinationEntry {
     /// Notes that nobody knows who owns the VM.
     pub(crate) fn unresolved(&mut self) -> Result<(), JournalError> {
         self.entry.state = EntryState::Unresolved;
+        self.write()
+    }
+
+    fn write(&mut self) -> Result<(), JournalError> {
         let path = self.journal.path(self.id, "destination");
         let written = self.journal.replace(&path, &self.entry.renewed());
-        self.unresolved_unwritten = written.is_err();
+        self.written = written.is_ok();
         written
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::clock::process_cpu_time;
 use crate::handover::{step_source, Cause, Owner, SourceAction, SourceEvent, SourcePhase, Verdict};
 use crate::identity::Token;
-use crate::journal::{EntryState, Journal, Side, SourceEntry};
+use crate::journal::{EntryState, Journal, SourceEntry};
 use crate::link::MainLink;
 use crate::page_set::PageSet;
 use crate::report::{Outcome, PauseReport, Progress, Report, RoundReport};
@@ -17,7 +17,7 @@ use crate::source::peer::Message;
 use crate::source::postcopy::outflow::Outflow;
 use crate::source::postcopy::{Joint, PostcopyReport};
 use crate::source::predict::{OnStall, Predictor};
-use crate::source::resolve::{ask_verdict, AskError};
+use crate::source::resolve::ASK_FIRST;
 use crate::source::sender::{PassStats, SendError, Shared, Work};
 use crate::source::throttle::Throttle;
 use crate::source::{Input, Offering, SourceControl, SourceOptions};
@@ -27,9 +27,6 @@ use crate::threads;
 use crate::transport::{Connector, Transport};
 use crate::vm::{Mode, PauseReason, SourceVm, VmError};
 
-/// First and longest wait between two questions for a verdict.
-const ASK_FIRST: Duration = Duration::from_millis(50);
-const ASK_LONGEST: Duration = Duration::from_secs(5);
 /// Between two tries to take disks back.
 const RECLAIM_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -446,34 +443,6 @@ impl<'scope, 'env, 'blob> Engine<'scope, 'env, 'blob> {
             }
             other => Err(unexpected(&other)),
         }
-    }
-
-    /// Asks the destination's host once, then waits a little; or an operator decides.
-    fn await_verdict(&mut self) -> SourceEvent {
-        self.let_frames_go();
-        match self.ask() {
-            Some(Ok(verdict @ (Verdict::RunningHere | Verdict::NotHere))) => {
-                return SourceEvent::Verdict(verdict);
-            }
-            Some(Ok(verdict)) => {
-                self.tell(Some(format!("the destination's host says {verdict:?}")));
-            }
-            Some(Err(error)) => self.tell(Some(error.to_string())),
-            None => {}
-        }
-        self.wait_ignoring(self.ask_wait);
-        self.ask_wait = (self.ask_wait * 2).min(ASK_LONGEST);
-        let decided = self.resolved.or_else(|| self.entry.as_mut().and_then(|e| e.resolved()));
-        // Who stopped waiting has it all the same.
-        self.detached &= decided.is_none();
-        decided.map_or(SourceEvent::NoVerdict, SourceEvent::Resolved)
-    }
-
-    /// Asks the destination's host, with reclaim. `None`: there was no token yet.
-    fn ask(&self) -> Option<Result<Verdict, AskError>> {
-        let token = self.token.as_ref()?;
-        let (id, timeout) = (self.around.control.id(), self.around.options.timing.connect);
-        Some(ask_verdict(self.around.connector, id, token, Side::Destination, true, timeout))
     }
 
     pub(super) fn link(&self) -> Result<&Arc<MainLink>, Failure> {

@@ -94,7 +94,7 @@ impl VirtioError {
     #[must_use]
     pub fn is_about_what_was_asked(&self) -> bool {
         match self {
-            Self::Disk(error) => !matches!(error, DiskError::Lock { .. } | DiskError::Flush { .. }),
+            Self::Disk(error) => !matches!(error, DiskError::Lock { .. }),
             Self::Tap(error) => matches!(
                 error,
                 TapError::Missing { .. } | TapError::NotATap { .. } | TapError::Permission { .. }

@@ -44,14 +44,6 @@ pub enum DiskError {
         /// Its size, bytes.
         size: u64,
     },
-    /// What was written to it may not be on it.
-    #[error("cannot flush disk {path}: {error}")]
-    Flush {
-        /// Which.
-        path: PathBuf,
-        /// What the host said.
-        error: io::Error,
-    },
     /// Somebody else uses it.
     #[error("disk {path}: {error}")]
     Lock {
@@ -139,17 +131,13 @@ impl DiskFile {
         self.lock.take_incoming().map_err(|error| self.lock_error(error))
     }
 
-    /// Gives the disk up, after which every access fails; for a source, at the hand-over. What was written is on the disk
-    /// then, whatever its cache mode, for a host that shares the disk and not its cache.
+    /// Gives the disk up, after which every access fails; for a source, at the hand-over. Who may share the disk and not this
+    /// host's cache of it relies on its having been flushed.
     ///
     /// # Errors
     ///
-    /// When it cannot be flushed, or the kernel refuses to unlock.
+    /// When the kernel refuses to unlock.
     pub fn release_owner(&mut self) -> Result<(), DiskError> {
-        if !self.read_only {
-            let flushed = self.file.sync_data();
-            flushed.map_err(|error| DiskError::Flush { path: self.path.clone(), error })?;
-        }
         self.lock.release_owner().map_err(|error| self.lock_error(error))
     }
 
