@@ -199,7 +199,8 @@ fn what_a_guest_wrote_is_on_its_disk_before_another_host_has_it() {
     let image = here.host.path("image");
     drop(Scene::disk(&image));
     let device = LoopDevice::of(&image);
-    let guest = format!("{BUSY} disk=verify disk-ws=4");
+    // It writes all the time.
+    let guest = format!("{BUSY} disk=verify disk-ws=4 disk-rate=max disk-depth=16");
     let argument = format!("id=disk,path={},cache=unsafe", device.path().display());
     let mut vm = here.host.run(&guest, &["--disk", &argument]).ready();
     vm.console.event("disk-ready");
